@@ -1,0 +1,1 @@
+"""Adapters of public hierarchical VAEs, one package or module per family."""

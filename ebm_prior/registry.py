@@ -1,0 +1,76 @@
+"""Find and load backbones: adapters register under the entry-point group `ebm_prior.backbones`.
+
+An entry point names a function `load(path, device) -> Backbone`. This package's own
+adapters register in `pyproject.toml` exactly as a third party's would.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+import torch
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.safe_load import sha256_of
+
+__all__ = ["check_device", "list_backbones", "load_backbone"]
+
+ENTRY_POINT_GROUP = "ebm_prior.backbones"
+
+
+def list_backbones() -> tuple[str, ...]:
+    """Names of all installed backbone families, sorted."""
+    return tuple(sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}))
+
+
+def load_backbone(
+    name: str, path: str | Path, device: str | torch.device = "cpu"
+) -> Backbone:
+    """Load a pretrained backbone, frozen and in evaluation mode.
+
+    Args:
+        name: Family, one of `list_backbones()`.
+        path: Checkpoint as the family's own training code writes it.
+        device: Where the weights go.
+
+    Raises:
+        EbmPriorError: If the family is unknown, the device is absent, or the checkpoint
+            cannot be read, is of another family, or does not fit its own arguments.
+    """
+    device = check_device(device)
+    path = Path(path)
+    if not path.exists():
+        raise EbmPriorError(f"no such checkpoint: {path}")
+    backbone = _find(name).load()(path, device).freeze()
+    backbone.name = name
+    backbone.checkpoint = str(path)
+    backbone.sha256 = sha256_of(path)
+    return backbone
+
+
+def _find(name: str) -> EntryPoint:
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            return entry
+    raise EbmPriorError(
+        f"unknown backbone {name!r}; installed: {', '.join(list_backbones()) or 'none'}"
+    )
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Parse a device name; raise `EbmPriorError` where this machine does not have it."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise EbmPriorError(f"unknown device {device!r}; use cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise EbmPriorError("no CUDA device on this machine; use --device cpu")
+        if device.index is not None and device.index >= count:
+            raise EbmPriorError(f"{device} does not exist; this machine has {count} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise EbmPriorError("no MPS device on this machine; use --device cpu")
+    return device
