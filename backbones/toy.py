@@ -131,8 +131,9 @@ class ToyBackbone(Backbone):
                 gain = cov[block, :top] @ cov[:top, :top].inverse()
                 mu = mu + (z[0] - mean[:, :top]) @ gain.T
                 sigma = sigma - gain @ cov[:top, block]
-            normal = torch.distributions.MultivariateNormal(mu, sigma)
-            z.append(mu + noise[i] @ normal.scale_tril.mT)
+            root = torch.linalg.cholesky(sigma)
+            z.append(mu + noise[i] @ root.T)
+            normal = torch.distributions.MultivariateNormal(mu, scale_tril=root)
             log_q.append(normal.log_prob(z[i]))
         prior_z1 = torch.distributions.Normal(z[0] @ self.A.T + self.a, self.s)
         log_p = [

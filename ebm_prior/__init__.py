@@ -1,17 +1,32 @@
-"""Energy priors for pretrained hierarchical VAEs."""
+"""Energy priors for pretrained hierarchical VAEs.
+
+    backbone = ebm_prior.load_backbone("nvae", "checkpoint.pt")
+    prior = ebm_prior.EnergyPrior.from_pretrained("runs/mine", backbone=backbone)
+    images = prior.sample(16, steps=40)
+"""
 
 from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone, LatentGroup, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.fit import FitConfig, FitResult, fit
+from ebm_prior.langevin import langevin, pcnl
+from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.registry import list_backbones, load_backbone
 
 __all__ = [
     "Backbone",
     "EbmPriorError",
+    "EnergyPrior",
+    "FitConfig",
+    "FitResult",
     "LatentGroup",
     "Likelihood",
     "Posterior",
+    "SamplerConfig",
     "__version__",
+    "fit",
+    "langevin",
     "list_backbones",
     "load_backbone",
+    "pcnl",
 ]

@@ -6,6 +6,7 @@ adapters register in `pyproject.toml` exactly as a third party's would.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import sha256_of
 
-__all__ = ["check_device", "list_backbones", "load_backbone"]
+__all__ = ["check_device", "find_trainer", "list_backbones", "load_backbone"]
 
 ENTRY_POINT_GROUP = "ebm_prior.backbones"
+TRAINER_GROUP = "ebm_prior.pretrain"
 
 
 def list_backbones() -> tuple[str, ...]:
@@ -50,13 +52,19 @@ def load_backbone(
     return backbone
 
 
-def _find(name: str) -> EntryPoint:
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name == name:
-            return entry
-    raise EbmPriorError(
-        f"unknown backbone {name!r}; installed: {', '.join(list_backbones()) or 'none'}"
-    )
+def find_trainer(name: str) -> Callable:
+    """The function that trains a backbone of this family (stage one)."""
+    return _find(name, TRAINER_GROUP).load()
+
+
+def _find(name: str, group: str = ENTRY_POINT_GROUP) -> EntryPoint:
+    entries = {entry.name: entry for entry in entry_points(group=group)}
+    if name not in entries:
+        what = "backbone" if group == ENTRY_POINT_GROUP else "trainer"
+        raise EbmPriorError(
+            f"unknown {what} {name!r}; installed: {', '.join(sorted(entries)) or 'none'}"
+        )
+    return entries[name]
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -1,0 +1,659 @@
+"""Stage two: fit the energy heads on a frozen backbone.
+
+Two objectives, alone or one after the other (`nce+mle`):
+
+* `nce`: classify posterior samples against Gaussian-prior samples, the summed head output
+  as logit. No chains; a held-out split says when to stop.
+* `mle`: the paper's estimator (Eq. 10/17): posterior samples against Langevin samples of
+  the tilted prior, from fresh noise or from persistent chains.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm_prior import hub
+from ebm_prior.backbone import Latents
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.images import grid, save_png
+from ebm_prior.langevin import ChainState, flatten, pcnl_start, pcnl_step
+from ebm_prior.losses import contrastive_loss, nce_loss
+from ebm_prior.posterior_cache import PosteriorStream, posterior_source
+from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
+from ebm_prior.run import RunFolder, environment
+
+__all__ = ["DivergenceError", "FitConfig", "FitResult", "Interrupted", "fit"]
+
+OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
+MAX_STEP_SIZE = 1.9  # beyond, the Crank-Nicolson proposal forgets its start and turns over
+
+
+class DivergenceError(EbmPriorError):
+    """Energies ran away again after every permitted rollback."""
+
+
+class Interrupted(EbmPriorError):
+    """Ctrl-C: the current iteration was finished and the state saved."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of stage two.
+
+    Attributes:
+        objective: `nce`, `mle` or `nce+mle`.
+        nce_iterations: Iterations of the `nce` phase, an upper bound: see `patience`.
+        mle_iterations: Iterations of the `mle` phase.
+        batch_size: Posterior samples per iteration, and as many prior samples.
+        nce_lr: Adam's learning rate in the `nce` phase.
+        mle_lr: Adam's learning rate in the `mle` phase.
+        warmup: Iterations over which the rate rises; it then falls linearly to a tenth.
+        beta2: Adam's second moment decay (first: 0.9).
+        weight_decay: Adam's L2 penalty.
+        ema: Decay of the averaged heads, which are the ones kept.
+        regularizer: Weight of the squared energies in the loss.
+        chains: `persistent` or `fresh`, how `mle` starts its chains.
+        pool: Persistent chains; 0 means eight batches.
+        refresh: Share of chains restarted from N(0, I) at every use.
+        steps: Transitions per `mle` iteration.
+        acceptance: Target of the step-size tuning (`pcnl` only).
+        held_out: Share of images kept aside to judge the `nce` phase.
+        patience: `nce` stops after this many judgements without improvement.
+        judge_every: Iterations between judgements.
+        energy_limit: Largest |mean energy gap| of one head, nats, before it counts as
+            diverged.
+        rollbacks: Rollbacks permitted before giving up.
+        cache_gb: Largest posterior cache on disk, GiB; larger sets are encoded per batch.
+        save_every: Iterations between saves.
+        log_every: Iterations between log lines.
+        sample_every: Iterations between sample grids; 0 for none.
+        seed: Seed of everything random.
+    """
+
+    objective: str = "nce+mle"
+    nce_iterations: int = 3000
+    mle_iterations: int = 300
+    batch_size: int = 128
+    nce_lr: float = 1e-3
+    mle_lr: float = 1e-4
+    warmup: int = 100
+    beta2: float = 0.999
+    weight_decay: float = 3e-5
+    ema: float = 0.99
+    regularizer: float = 0.0
+    chains: str = "persistent"
+    pool: int = 0
+    refresh: float = 0.02
+    steps: int = 2
+    acceptance: float = 0.7
+    held_out: float = 0.05
+    patience: int = 10
+    judge_every: int = 50
+    energy_limit: float = 1e4
+    rollbacks: int = 3
+    cache_gb: float = 8.0
+    save_every: int = 100
+    log_every: int = 10
+    sample_every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise EbmPriorError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+        if self.chains not in ("persistent", "fresh"):
+            raise EbmPriorError(f"chains must be persistent or fresh, got {self.chains!r}")
+        for name in ("batch_size", "steps", "judge_every", "save_every", "log_every", "patience"):
+            if getattr(self, name) < 1:
+                raise EbmPriorError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("nce_lr", "mle_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise EbmPriorError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("ema", "refresh", "held_out", "acceptance"):
+            if not 0 <= getattr(self, name) < 1:
+                raise EbmPriorError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> FitConfig:
+        """Rebuild from `asdict`; unknown keys raise."""
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise EbmPriorError(f"unknown fit settings: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished fit measured.
+
+    Attributes:
+        iterations: Iterations done over all phases.
+        seconds: Wall time of this process, encoding included.
+        held_out_loss: Best held-out NCE loss, nats (chance: 1.386), or None.
+        acceptance: Acceptance rate of the frozen step size, or None for `langevin`.
+        step_size: The step size stored with the heads.
+        rollbacks: Times the fit diverged and went back.
+    """
+
+    iterations: int
+    seconds: float
+    held_out_loss: float | None
+    acceptance: float | None
+    step_size: float
+    rollbacks: int
+
+
+def fit(
+    prior: EnergyPrior,
+    images: Tensor,
+    config: FitConfig,
+    *,
+    run_dir: str | Path,
+    resume: bool = False,
+    record: dict | None = None,
+) -> FitResult:
+    """Fit the heads of `prior` in place and keep a run folder.
+
+    Args:
+        prior: Heads on a frozen backbone; `prior.sampler` says which transition to use
+            and where its step size starts.
+        images: Training images, uint8, (N, C, H, W) of the backbone's image shape.
+        config: Settings.
+        run_dir: Run folder to create, or to continue with `resume`.
+        resume: Continue an interrupted run; on the CPU to the bit-identical result.
+        record: More values for `config.json` (command, data set, ...).
+
+    Returns:
+        What was measured; `prior` then holds the kept heads and the tuned sampler.
+
+    Raises:
+        DivergenceError: If energies run away after every permitted rollback. The last
+            good heads are in the run folder.
+        Interrupted: On Ctrl-C, after saving.
+    """
+    if tuple(images.shape[1:]) != tuple(prior.backbone.image_shape):
+        raise EbmPriorError(
+            f"images are {tuple(images.shape[1:])}, the backbone's are "
+            f"{tuple(prior.backbone.image_shape)}"
+        )
+    if len(images) < 10:
+        raise EbmPriorError(f"{len(images)} images are too few to fit on; give at least 10")
+    run = RunFolder(run_dir)
+    fitting = _Fit(prior, config, run, record or {})
+    if not resume:
+        run.start(fitting.describe("running"))
+    with _CtrlC() as ctrl_c:
+        return fitting.run_all(images, ctrl_c, resume)
+
+
+class _CtrlC:
+    """Turns SIGINT into a flag, so that an iteration is finished before stopping."""
+
+    pressed = False
+
+    def __enter__(self) -> _CtrlC:
+        def press(*_: object) -> None:
+            self.pressed = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops now
+
+        try:
+            self.previous = signal.signal(signal.SIGINT, press)
+        except ValueError:  # not the main thread: the caller handles interrupts
+            self.previous = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+class _Fit:
+    """State of one fit; `capture` and `restore` hold all of it that changes."""
+
+    def __init__(
+        self, prior: EnergyPrior, config: FitConfig, run: RunFolder, record: dict
+    ) -> None:
+        self.prior, self.config, self.run, self.record = prior, config, run, record
+        self.phases = OBJECTIVES[config.objective]
+        self.parameters = list(prior.heads.parameters())
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step_size = prior.sampler.step_size
+        self.acceptance: float | None = None
+        self.phase, self.iteration, self.total = 0, 0, 0
+        self.lr_scale, self.rollbacks = 1.0, 0
+        self.held_out_loss: float | None = None
+        self.pool: Tensor | None = None
+        self.unflatten: Callable = flatten(prior.noise(1, torch.Generator().manual_seed(0)))[1]
+        self.start_phase()
+
+    # -- phases ---------------------------------------------------------------------------
+
+    def run_all(self, images: Tensor, ctrl_c: _CtrlC, resume: bool) -> FitResult:
+        """Encode, run every phase, tune the step size, store."""
+        began = time.monotonic()
+        if resume and (state := self.run.load_state()) is not None:
+            self.restore(*state)
+        self.run.rewind_log(self.total)
+        self.last_good = self.capture()
+
+        def stop_if_asked() -> None:
+            if ctrl_c.pressed:
+                raise Interrupted(f"interrupted; continue with: {self.resume_command()}")
+
+        order = torch.randperm(
+            len(images), generator=torch.Generator().manual_seed(self.config.seed)
+        )
+        held_out = int(len(images) * self.config.held_out)
+        self.held_out, self.train = order[:held_out], order[held_out:]
+        source = posterior_source(
+            self.prior, images, self.run.path / "state" / "posterior.npy", self.config.seed,
+            self.config.cache_gb, stop_if_asked,
+        )
+        if isinstance(source, PosteriorStream):
+            tqdm.write(f"posterior samples exceed {self.config.cache_gb} GiB: drawn per batch")
+        self.source = source
+        self.prepare_held_out()
+        while self.phase < len(self.phases):
+            self.run_phase(ctrl_c)
+            self.phase += 1
+            self.iteration = 0
+            if self.phase < len(self.phases):
+                self.start_phase()
+            self.save()
+        self.tune_step_size()
+        self.prior.sampler = replace(self.prior.sampler, step_size=self.step_size)
+        result = FitResult(
+            self.total, time.monotonic() - began,
+            self.held_out_loss, self.acceptance, self.step_size, self.rollbacks,
+        )
+        self.sample_grid()
+        self.run.save_heads(hub.heads_bytes(self.prior))
+        self.run.write_config(self.describe("finished", asdict(result)))
+        self.run.finish()
+        return result
+
+    def start_phase(self) -> None:
+        """Fresh optimizer, averages and judgements."""
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=1.0, betas=(0.9, self.config.beta2),
+            weight_decay=self.config.weight_decay,
+        )
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.best = [p.detach().clone() for p in self.parameters]
+        self.best_loss, self.since_best = math.inf, 0
+
+    def run_phase(self, ctrl_c: _CtrlC) -> None:
+        """All iterations of the current phase; leaves the kept heads in `prior`."""
+        name = self.phases[self.phase]
+        length = getattr(self.config, f"{name}_iterations")
+        iterate = self.nce_iteration if name == "nce" else self.mle_iteration
+        began = time.monotonic()
+        with tqdm(total=length, desc=name, initial=self.iteration, disable=None) as bar:
+            while self.iteration < length:
+                self.set_lr(name, length)
+                step = iterate()
+                guilty = self.diverged(step)
+                if guilty:
+                    self.roll_back(guilty)
+                    bar.n = self.iteration
+                    began = time.monotonic()
+                    continue
+                self.iteration += 1
+                self.total += 1
+                bar.update()
+                if self.iteration % self.config.log_every == 0:
+                    speed = self.config.log_every * self.config.batch_size / (
+                        time.monotonic() - began
+                    )
+                    began = time.monotonic()
+                    bar.set_postfix(self.log(name, step, speed))
+                stop = name == "nce" and self.judge()
+                if self.iteration % self.config.save_every == 0:
+                    self.save()
+                if self.config.sample_every and self.total % self.config.sample_every == 0:
+                    self.sample_grid()
+                    began = time.monotonic()
+                if ctrl_c.pressed:
+                    self.save()
+                    raise Interrupted(f"interrupted; continue with: {self.resume_command()}")
+                if stop:
+                    break
+        kept = self.average
+        if name == "nce" and math.isfinite(self.best_loss):
+            kept, self.held_out_loss = self.best, self.best_loss
+        self.load_parameters(kept)
+
+    # -- one iteration --------------------------------------------------------------------
+
+    def positives(self) -> Latents:
+        """Head inputs of a random batch of posterior samples."""
+        pick = torch.randint(
+            len(self.train), (self.config.batch_size,), generator=self.generator
+        )
+        return self.source(self.train[pick], self.generator)
+
+    @torch.no_grad()
+    def gaussian_inputs(self, n: int, generator: torch.Generator) -> Latents:
+        """Head inputs of n samples of the backbone's own prior."""
+        return self.inputs_of(self.prior.noise(n, generator))
+
+    @torch.no_grad()
+    def inputs_of(self, eps: Latents) -> Latents:
+        """Head inputs at T(eps)."""
+        if self.prior.reads_features:
+            return self.prior.head_inputs(*self.prior.backbone.top_down(eps))
+        return self.prior.head_inputs(self.prior.backbone.transform(eps))
+
+    def nce_iteration(self) -> dict:
+        """Posterior samples against Gaussian-prior samples."""
+        positives = self.positives()
+        negatives = self.gaussian_inputs(self.config.batch_size, self.generator)
+        return self.update(nce_loss, positives, negatives)
+
+    def mle_iteration(self) -> dict:
+        """Posterior samples against samples of the tilted prior (Eq. 10/17)."""
+        positives = self.positives()
+        eps = self.chain_starts()
+        rates = []
+        with frozen(self.prior.heads):
+            if self.prior.sampler.transition == "pcnl":
+                energy = self.prior.energy_of_noise
+                state = pcnl_start(energy, eps, self.unflatten)
+                for _ in range(self.config.steps):
+                    state, rate = self.tuned_step(energy, state)
+                    rates.append(rate)
+                eps = state.eps
+            else:
+                sampler = SamplerConfig("langevin", self.config.steps, self.step_size)
+                eps = flatten(
+                    self.prior.run_chain(
+                        self.unflatten(eps), sampler, generator=self.generator
+                    )
+                )[0]
+        if self.config.chains == "persistent":
+            self.pool[self.picked] = eps
+        step = self.update(contrastive_loss, positives, self.inputs_of(self.unflatten(eps)))
+        step["norm"] = eps.square().mean().item()
+        if rates:
+            step["acceptance"] = sum(rates) / len(rates)
+        return step
+
+    def chain_starts(self) -> Tensor:
+        """Flattened starts of this iteration's chains, (B, D)."""
+        n = self.config.batch_size
+        if self.config.chains == "fresh":
+            return flatten(self.prior.noise(n, self.generator))[0]
+        if self.pool is None:
+            size = max(self.config.pool or 8 * n, n)
+            self.pool = flatten(self.prior.noise(size, self.generator))[0]
+        self.picked = torch.randperm(len(self.pool), generator=self.generator)[:n]
+        eps = self.pool[self.picked]
+        restart = torch.rand(n, generator=self.generator) < self.config.refresh
+        fresh = flatten(self.prior.noise(n, self.generator))[0]
+        return torch.where(restart.to(eps.device)[:, None], fresh, eps)
+
+    def tuned_step(self, energy: Callable, state: ChainState) -> tuple[ChainState, float]:
+        """One Metropolis step; its acceptance rate moves the step size."""
+        state, _, probability = pcnl_step(
+            energy, state, self.unflatten, self.step_size, self.generator
+        )
+        rate = probability.mean().item()
+        self.step_size *= math.exp(0.1 * (rate - self.config.acceptance))
+        self.step_size = min(max(self.step_size, 1e-6), MAX_STEP_SIZE)
+        return state, rate
+
+    def update(self, loss_of: Callable, positives: Latents, negatives: Latents) -> dict:
+        """One optimizer step and one step of the average."""
+        # one pass over both halves: half the kernel launches of two
+        both = [torch.cat(pair) for pair in zip(positives, negatives, strict=True)]
+        energies = self.prior.energies_of(both)
+        e_pos, e_neg = energies.split([len(positives[0]), len(negatives[0])])
+        loss = loss_of(e_pos, e_neg, self.config.regularizer)
+        step = {
+            "loss": loss.item(),
+            "positive": e_pos.detach().mean(0).tolist(),
+            "negative": e_neg.detach().mean(0).tolist(),
+        }
+        if self.diverged(step):
+            return step  # never let bad numbers into the weights
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grads = [p.grad for p in self.parameters]
+        step["grad_norm"] = torch.nn.utils.get_total_norm(grads).item()
+        if not math.isfinite(step["grad_norm"]):
+            step["loss"] = math.nan
+            return step
+        self.optimizer.step()
+        decay = min(self.config.ema, (1 + self.iteration) / (10 + self.iteration))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        return step
+
+    def set_lr(self, name: str, length: int) -> None:
+        """Linear warm-up, then linear decay to a tenth."""
+        peak = getattr(self.config, f"{name}_lr") * self.lr_scale
+        warm = min(1.0, (self.iteration + 1) / max(self.config.warmup, 1))
+        decay = 1 - 0.9 * self.iteration / length
+        for group in self.optimizer.param_groups:
+            group["lr"] = peak * warm * decay
+
+    # -- held-out judgement ---------------------------------------------------------------
+
+    def prepare_held_out(self) -> None:
+        """Fixed batches of held-out posterior samples and of prior samples."""
+        self.judged = []
+        if "nce" not in self.phases:
+            return
+        generator = torch.Generator().manual_seed(self.config.seed + 1)
+        for start in range(0, min(len(self.held_out), 2000), 200):
+            index = self.held_out[start : start + 200]
+            self.judged.append(
+                (self.source(index, generator), self.gaussian_inputs(len(index), generator))
+            )
+
+    @torch.no_grad()
+    def judge(self) -> bool:
+        """Held-out loss of the average heads; True when it has stopped improving."""
+        if self.iteration % self.config.judge_every or not self.judged:
+            return False
+        own = [p.detach().clone() for p in self.parameters]
+        self.load_parameters(self.average)
+        losses = [
+            nce_loss(self.prior.energies_of(pos), self.prior.energies_of(neg)).item()
+            for pos, neg in self.judged
+        ]
+        loss = sum(losses) / len(losses)
+        self.run.log({"iteration": self.total, "held_out_loss": loss})
+        if loss < self.best_loss:
+            self.best_loss, self.since_best = loss, 0
+            self.best = [p.detach().clone() for p in self.parameters]
+        else:
+            self.since_best += 1
+        self.load_parameters(own)
+        return self.since_best >= self.config.patience
+
+    # -- divergence -----------------------------------------------------------------------
+
+    def diverged(self, step: dict) -> str:
+        """Names of the heads whose energies are not finite or run away; empty if none."""
+        limit = self.config.energy_limit
+        guilty = [
+            name
+            for name, pos, neg in zip(
+                self.prior.head_names, step["positive"], step["negative"], strict=True
+            )
+            if not abs(pos - neg) < limit  # also true for nan
+        ]
+        if not guilty and not math.isfinite(step["loss"]):
+            guilty = ["all heads (gradient)"]
+        return ", ".join(guilty)
+
+    def roll_back(self, guilty: str) -> None:
+        """Return to the last good state with half the learning rate and step size."""
+        rollbacks, lr_scale = self.rollbacks + 1, self.lr_scale / 2
+        at = self.total
+        if rollbacks > self.config.rollbacks:
+            self.run.write_config(self.describe("diverged"))
+            raise DivergenceError(
+                f"energies diverged in {guilty} at iteration {at} after {self.rollbacks} "
+                f"rollbacks; the last good heads are in {self.run.path}; try a smaller "
+                "learning rate"
+            )
+        self.restore(*self.last_good)
+        self.rollbacks, self.lr_scale = rollbacks, lr_scale
+        self.step_size /= 2
+        self.last_good = self.capture()
+        tqdm.write(
+            f"energies diverged in {guilty} at iteration {at}: back to {self.total} with half "
+            "the learning rate and step size"
+        )
+        self.run.rewind_log(self.total)
+        self.run.log({"iteration": self.total, "rollback": self.rollbacks, "diverged": guilty})
+
+    # -- state ----------------------------------------------------------------------------
+
+    def capture(self) -> tuple[dict[str, Tensor], dict]:
+        """Copies of everything that changes: tensors, and plain values."""
+        tensors = {"generator": self.generator.get_state().clone()}
+        for kind in ("parameters", "average", "best"):
+            for i, tensor in enumerate(getattr(self, kind)):
+                tensors[f"{kind}.{i}"] = tensor.detach().clone()
+        for i, parameter in enumerate(self.parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{i}.{key}"] = value.detach().clone()
+        if self.pool is not None:
+            tensors["pool"] = self.pool.clone()
+        names = (
+            "phase", "iteration", "total", "lr_scale", "rollbacks", "best_loss", "since_best",
+            "step_size", "held_out_loss",
+        )
+        return tensors, {name: getattr(self, name) for name in names}
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Undo everything since `capture`."""
+        for name, value in meta.items():
+            setattr(self, name, value)
+        device = self.prior.backbone.device
+        self.generator.set_state(tensors["generator"].cpu())
+        if self.phase < len(self.phases):
+            best_loss, since_best = self.best_loss, self.since_best
+            self.start_phase()
+            self.best_loss, self.since_best = best_loss, since_best
+        self.load_parameters([tensors[f"parameters.{i}"] for i in range(len(self.parameters))])
+        for kind in ("average", "best"):
+            copies = [tensors[f"{kind}.{i}"].to(device) for i in range(len(self.parameters))]
+            setattr(self, kind, [c.clone() for c in copies])
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".")
+                state = self.optimizer.state[self.parameters[int(i)]]
+                state[name] = value.clone() if name == "step" else value.to(device).clone()
+        self.pool = tensors["pool"].to(device).clone() if "pool" in tensors else None
+
+    def save(self) -> None:
+        """Write state and the heads one would sample with now."""
+        self.last_good = self.capture()
+        self.run.save_state(*self.last_good)
+        kept = self.best if math.isfinite(self.best_loss) else self.average
+        own = [p.detach().clone() for p in self.parameters]
+        if self.phase < len(self.phases):
+            self.load_parameters(kept)
+        self.run.save_heads(hub.heads_bytes(self.prior))
+        self.load_parameters(own)
+
+    @torch.no_grad()
+    def load_parameters(self, values: list[Tensor]) -> None:
+        """Copy values into the heads."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def describe(self, status: str, result: dict | None = None) -> dict:
+        """Contents of `config.json`."""
+        training = {
+            "status": status,
+            "fit": asdict(self.config),
+            "environment": getattr(self, "environment", None) or environment(),
+            **self.record,
+        }
+        self.environment = training["environment"]
+        if result:
+            training["result"] = result
+        config = hub.prior_config(self.prior)
+        config["backbone"]["path"] = str(Path(self.prior.backbone.checkpoint).absolute())
+        return config | {"training": training}
+
+    def resume_command(self) -> str:
+        """What to type to go on."""
+        return f"ebm-prior fit --resume {self.run.path}"
+
+    # -- output ---------------------------------------------------------------------------
+
+    def log(self, name: str, step: dict, speed: float) -> dict:
+        """Write one log record; returns what the progress bar shows."""
+        heads = self.prior.head_names
+        record = {
+            "iteration": self.total,
+            "phase": name,
+            "loss": step["loss"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": step["grad_norm"],
+            "images_per_second": speed,
+            "energy_posterior": dict(zip(heads, step["positive"], strict=True)),
+            "energy_prior": dict(zip(heads, step["negative"], strict=True)),
+        }
+        if name == "mle":
+            record |= {"step_size": self.step_size, "eps_norm": step["norm"]}
+            if "acceptance" in step:
+                record["acceptance"] = step["acceptance"]
+        self.run.log(record)
+        gap = sum(step["negative"]) - sum(step["positive"])
+        shown = {"loss": f"{step['loss']:.3f}", "gap": f"{gap:.2f}", "img/s": f"{speed:.0f}"}
+        if "acceptance" in step:
+            shown |= {"acc": f"{step['acceptance']:.2f}", "s": f"{self.step_size:.2g}"}
+        elif math.isfinite(self.best_loss):
+            shown["held-out"] = f"{self.best_loss:.3f}"
+        return shown
+
+    def tune_step_size(self, chains: int = 64, rounds: int = 3) -> None:
+        """Freeze the step size at which short chains of the kept heads meet the target.
+
+        Chains restart from N(0, I) each round, because that is how sampling will use it;
+        the acceptance reported is that of a last round with the step size fixed.
+        """
+        if self.prior.sampler.transition != "pcnl":
+            return
+        generator = torch.Generator().manual_seed(self.config.seed + 2)
+        energy = self.prior.energy_of_noise
+        steps = self.prior.sampler.steps
+        with frozen(self.prior.heads):
+            for last in [False] * rounds + [True]:
+                start = flatten(self.prior.noise(chains, generator))[0]
+                state, rates = pcnl_start(energy, start, self.unflatten), []
+                for _ in range(steps):
+                    size = self.step_size
+                    state, rate = self.tuned_step(energy, state)
+                    rates.append(rate)
+                    if last:
+                        self.step_size = size
+        self.acceptance = sum(rates) / len(rates)
+
+    def sample_grid(self) -> None:
+        """36 samples of the heads one would keep now, always from the same noise."""
+        own = [p.detach().clone() for p in self.parameters]
+        if self.phase < len(self.phases):
+            self.load_parameters(self.average)
+        sampler = replace(self.prior.sampler, step_size=self.step_size)
+        generator = torch.Generator().manual_seed(0)
+        eps = self.prior.run_chain(self.prior.noise(36, generator), sampler, generator=generator)
+        pictures = grid(self.prior.images(eps))
+        save_png(self.run.path / "samples" / f"{self.total:06d}.png", pictures)
+        self.load_parameters(own)

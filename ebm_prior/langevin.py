@@ -1,0 +1,251 @@
+"""Two Markov transitions in eps-space, as pure functions of an energy or log-density.
+
+In eps-space the tilted prior is (App. A.3, with E = -f)
+
+    log p(eps) = -E(T(eps)) - |eps|^2 / 2 + const.
+
+The change of variables is already in it: the Gaussian's log-sigma terms cancel against
+the Jacobian of T, so nothing else is added to the drift.
+
+`langevin` is the paper's unadjusted step. `pcnl` is the Metropolis-adjusted,
+preconditioned Crank-Nicolson Langevin step, whose proposal leaves N(0, I) exactly
+invariant; its acceptance rate tells whether the step size is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.backbone import Latents
+from ebm_prior.errors import EbmPriorError
+
+__all__ = ["ChainState", "StepInfo", "langevin", "pcnl", "pcnl_start", "pcnl_step", "randn"]
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, or one per sample (each sample then has its own stream)."""
+
+
+class StepInfo(NamedTuple):
+    """What a callback sees after each step.
+
+    Attributes:
+        step: Steps done, from 1.
+        eps: Chain state after the step.
+        accepted: Which proposals were taken, (B,) bool; all of them for `langevin`.
+    """
+
+    step: int
+    eps: Latents
+    accepted: Tensor
+
+
+class ChainState(NamedTuple):
+    """Flattened chain state with what the next step needs.
+
+    Attributes:
+        eps: (B, D).
+        energy: E(T(eps)), (B,), nats.
+        grad: -dE/deps, (B, D).
+    """
+
+    eps: Tensor
+    energy: Tensor
+    grad: Tensor
+
+
+def langevin(
+    log_density: Callable[[Latents], Tensor],
+    eps: Latents,
+    *,
+    steps: int,
+    step_size: float,
+    noise_scale: float = 1.0,
+    generator: Generators = None,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Latents:
+    """Unadjusted Langevin dynamics (Eq. 12, with s_here = 2 s_paper).
+
+        eps <- eps + (s/2) grad log p(eps) + noise_scale * sqrt(s) * n,   n ~ N(0, I)
+
+    Args:
+        log_density: Maps latents of batch B to (B,), nats; need not be normalised.
+        eps: Start, one tensor per group, (B, *shape).
+        steps: Number of steps, at least 1.
+        step_size: s > 0, the variance of the injected noise.
+        noise_scale: Multiplies the noise; 0 gives gradient ascent.
+        generator: One generator, or one per sample.
+        callback: Called with a `StepInfo` after every step.
+
+    Returns:
+        New detached tensors; `eps` is not changed.
+
+    Raises:
+        EbmPriorError: If `steps`, `step_size` or the shape of the log-density is wrong.
+    """
+    check_settings(steps, step_size)
+    flat, unflatten = flatten(eps)
+    every = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    for step in range(1, steps + 1):
+        _, grad = value_and_grad(log_density, flat, unflatten)
+        noise = randn(flat, generator)
+        flat = flat + (step_size / 2) * grad + (noise_scale * step_size**0.5) * noise
+        if callback is not None:
+            callback(StepInfo(step, unflatten(flat), every))
+    return unflatten(flat)
+
+
+def pcnl(
+    energy: Callable[[Latents], Tensor],
+    eps: Latents,
+    *,
+    steps: int,
+    step_size: float,
+    generator: Generators = None,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Latents:
+    """Metropolis-adjusted Crank-Nicolson Langevin chain on exp(-E(eps)) N(eps; 0, I).
+
+    Exact for any step size in (0, 4); with E = 0 every proposal is accepted and N(0, I)
+    is invariant. For small s the proposal equals `langevin`'s step to first order.
+
+    Reference: Cotter, Roberts, Stuart and White, "MCMC methods for functions: modifying
+    old algorithms to make them faster", Statistical Science 28(3), 2013, Sec. 4.3
+    (their Phi is E, their delta is step_size / 2). https://arxiv.org/abs/1202.0709
+
+    Args:
+        energy: Maps latents of batch B to (B,), nats: E alone, without |eps|^2 / 2.
+        eps: Start, one tensor per group, (B, *shape).
+        steps: Number of steps, at least 1.
+        step_size: s in (0, 4).
+        generator: One generator, or one per sample.
+        callback: Called with a `StepInfo` after every step.
+
+    Returns:
+        New detached tensors; `eps` is not changed.
+    """
+    check_settings(steps, step_size)
+    flat, unflatten = flatten(eps)
+    state = pcnl_start(energy, flat, unflatten)
+    for step in range(1, steps + 1):
+        state, accepted, _ = pcnl_step(energy, state, unflatten, step_size, generator)
+        if callback is not None:
+            callback(StepInfo(step, unflatten(state.eps), accepted))
+    return unflatten(state.eps)
+
+
+def pcnl_start(energy: Callable, eps: Tensor, unflatten: Callable) -> ChainState:
+    """Evaluate energy and gradient where a chain begins."""
+    value, grad = value_and_grad(energy, eps, unflatten)
+    return ChainState(eps, value, -grad)
+
+
+def pcnl_step(
+    energy: Callable, state: ChainState, unflatten: Callable, step_size: float,
+    generator: Generators = None,
+) -> tuple[ChainState, Tensor, Tensor]:
+    """One transition; costs one gradient.
+
+    Returns:
+        The new state, which samples moved (B,) bool, and their acceptance
+        probabilities (B,).
+    """
+    delta = step_size / 2
+    noise = randn(state.eps, generator)
+    proposal = (
+        (2 - delta) * state.eps + 2 * delta * state.grad + (8 * delta) ** 0.5 * noise
+    ) / (2 + delta)
+    value, grad = value_and_grad(energy, proposal, unflatten)
+    new = ChainState(proposal, value, -grad)
+    log_ratio = _rho(state, new, delta) - _rho(new, state, delta)
+    # A non-finite proposal is a rejection, never a crash: exp(nan) compares false.
+    probability = log_ratio.clamp(max=0).exp().nan_to_num(0.0)
+    accepted = rand(probability, generator) < probability
+    keep = accepted[:, None]
+    return (
+        ChainState(
+            torch.where(keep, new.eps, state.eps),
+            torch.where(accepted, new.energy, state.energy),
+            torch.where(keep, new.grad, state.grad),
+        ),
+        accepted,
+        probability,
+    )
+
+
+def _rho(u: ChainState, v: ChainState, delta: float) -> Tensor:
+    """rho(u, v) of Cotter et al., Sec. 4.3, with D Phi(u) = -u.grad: (B,)."""
+    return (
+        u.energy
+        - 0.5 * ((v.eps - u.eps) * u.grad).sum(1)
+        - delta / 4 * ((u.eps + v.eps) * u.grad).sum(1)
+        + delta / 4 * u.grad.square().sum(1)
+    )
+
+
+def check_settings(steps: int, step_size: float) -> None:
+    """Raise `EbmPriorError` unless a chain can run with these settings."""
+    if steps < 1:
+        raise EbmPriorError(f"steps must be at least 1, got {steps}")
+    if not step_size > 0 or step_size == float("inf"):
+        raise EbmPriorError(f"step size must be positive and finite, got {step_size}")
+
+
+def flatten(eps: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], Latents]]:
+    """Join the groups into one (B, D) tensor; also return the way back."""
+    shapes = [tensor.shape[1:] for tensor in eps]
+    sizes = [shape.numel() for shape in shapes]
+
+    def unflatten(flat: Tensor) -> Latents:
+        parts = flat.split(sizes, 1)
+        return tuple(p.reshape(-1, *s) for p, s in zip(parts, shapes, strict=True))
+
+    return torch.cat([tensor.detach().flatten(1) for tensor in eps], 1), unflatten
+
+
+def value_and_grad(
+    function: Callable[[Latents], Tensor], flat: Tensor, unflatten: Callable
+) -> tuple[Tensor, Tensor]:
+    """Values (B,) of a per-sample function and their gradients (B, D).
+
+    Samples are independent, so the gradient of the sum holds each sample's own.
+    """
+    with torch.enable_grad():
+        point = flat.detach().requires_grad_()
+        value = function(unflatten(point))
+        if value.shape != flat.shape[:1]:
+            raise EbmPriorError(
+                f"a density or energy of {len(flat)} samples must have shape ({len(flat)},), "
+                f"got {tuple(value.shape)}"
+            )
+        (grad,) = torch.autograd.grad(value.sum(), point)
+    return value.detach(), grad
+
+
+def randn(like: Tensor, generator: Generators = None) -> Tensor:
+    """Standard-normal tensor of the shape, type and device of `like` (B, D)."""
+    return _draw(torch.randn, like, generator)
+
+
+def rand(like: Tensor, generator: Generators = None) -> Tensor:
+    """Uniform tensor on [0, 1) of the shape, type and device of `like`."""
+    return _draw(torch.rand, like, generator)
+
+
+def _draw(sampler: Callable, like: Tensor, generator: Generators) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        # a generator draws on its own device; the numbers then move to the chain's
+        device = like.device if generator is None else generator.device
+        return sampler(like.shape, generator=generator, dtype=like.dtype, device=device).to(
+            like.device
+        )
+    if len(generator) != len(like):
+        raise EbmPriorError(f"{len(generator)} generators for a batch of {len(like)}")
+    rows = [
+        sampler(like.shape[1:], generator=g, dtype=like.dtype, device=g.device)
+        for g in generator
+    ]
+    return torch.stack(rows).to(like.device)

@@ -1,0 +1,145 @@
+"""Posterior samples, drawn once: what the heads read of z ~ q(z|x), one row per image."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm_prior.backbone import Latents
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.files import write_json
+from ebm_prior.prior import EnergyPrior
+
+__all__ = ["PosteriorCache", "PosteriorStream", "posterior_source"]
+
+ENCODE_BATCH = 100
+
+
+class PosteriorStream:
+    """Draws q(z|x) anew for every batch: for sets too large to keep.
+
+    Args:
+        prior: Supplies backbone and head inputs.
+        images: uint8, (N, C, H, W).
+    """
+
+    def __init__(self, prior: EnergyPrior, images: Tensor) -> None:
+        self.prior, self.images = prior, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @torch.no_grad()
+    def latents(self, index: Tensor, generator: torch.Generator) -> Latents:
+        """z ~ q(z|x) for the images at `index` (B,)."""
+        backbone = self.prior.backbone
+        x = self.images[index].to(backbone.device, backbone.dtype) / 255
+        if backbone.binarize:  # as the backbone was trained: x ~ Bernoulli(image)
+            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype)
+            x = (uniform.to(x.device) < x).to(x.dtype)
+        noise = self.prior.noise(len(x), generator)
+        return backbone.posterior(x, noise=noise).z
+
+    @torch.no_grad()
+    def __call__(self, index: Tensor, generator: torch.Generator) -> Latents:
+        """Head inputs of the images at `index` (B,)."""
+        return self.prior.head_inputs(self.latents(index, generator))
+
+
+class PosteriorCache:
+    """Head inputs of every image as one memory-mapped float32 array on disk.
+
+    An interrupted encoding goes on where it stopped: chunk i depends on the seed and i only.
+
+    Args:
+        stream: Where the rows come from.
+        path: Array file; a `.json` beside it says how far it is filled.
+        seed: Seed of the draws.
+        on_chunk: Called after every chunk; may raise to stop.
+    """
+
+    def __init__(
+        self, stream: PosteriorStream, path: Path, seed: int,
+        on_chunk: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.shapes = head_input_shapes(stream.prior)
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.device = stream.prior.backbone.device
+        self.dtype = stream.prior.backbone.dtype
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (len(stream), sum(self.sizes))
+        progress_path = path.with_suffix(".json")
+        done = 0
+        if path.exists() and progress_path.exists():
+            progress = json.loads(progress_path.read_text())
+            if progress["shape"] == list(shape) and progress["seed"] == seed:
+                done = progress["done"]
+        if not done:
+            _reserve(path, shape)
+        self.rows = np.memmap(path, np.float32, "r+", shape=shape)
+        chunks = range(done, len(stream), ENCODE_BATCH)
+        if chunks:
+            size = self.rows.nbytes / 2**20
+            bar = tqdm(chunks, f"encoding {len(stream)} images ({size:.0f} MiB)", disable=None)
+            for start in bar:
+                index = torch.arange(start, min(start + ENCODE_BATCH, len(stream)))
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+                inputs = stream(index, generator)
+                flat = torch.cat([t.flatten(1) for t in inputs], 1)
+                self.rows[start : start + len(index)] = flat.float().cpu().numpy()
+                if start // ENCODE_BATCH % 20 == 19 or start == chunks[-1]:
+                    done = {"shape": shape, "seed": seed, "done": start + len(index)}
+                    write_json(progress_path, done)
+                on_chunk()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __call__(self, index: Tensor, generator: torch.Generator | None = None) -> Latents:
+        """Head inputs of the images at `index` (B,)."""
+        flat = torch.from_numpy(self.rows[index.numpy()]).to(self.device, self.dtype)
+        parts = flat.split(self.sizes, 1)
+        return tuple(p.reshape(-1, *s) for p, s in zip(parts, self.shapes, strict=True))
+
+
+def _reserve(path: Path, shape: tuple[int, int]) -> None:
+    """Create the array file with its blocks allocated, so that a full disk shows now."""
+    import os
+
+    size = shape[0] * shape[1] * 4
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise EbmPriorError(
+            f"cannot reserve {size / 2**20:.0f} MiB for posterior samples at {path} "
+            f"({error.strerror}); free some space or lower --cache-gb"
+        ) from error
+
+
+def head_input_shapes(prior: EnergyPrior) -> list[tuple[int, ...]]:
+    """Shape of each head's input, without the batch dimension."""
+    return [head.shape for head in prior.heads]
+
+
+def posterior_source(
+    prior: EnergyPrior, images: Tensor, path: Path, seed: int, cache_gb: float,
+    on_chunk: Callable[[], None] = lambda: None,
+) -> PosteriorCache | PosteriorStream:
+    """A cache if it fits into `cache_gb` GiB of disk, otherwise fresh draws per batch."""
+    stream = PosteriorStream(prior, images)
+    row = sum(math.prod(shape) for shape in head_input_shapes(prior))
+    if len(images) * row * 4 > cache_gb * 2**30:
+        return stream
+    return PosteriorCache(stream, path, seed, on_chunk)

@@ -1,0 +1,282 @@
+"""EnergyPrior: a frozen backbone and the energy heads that tilt its prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior import hub
+from ebm_prior.backbone import Backbone, Latents
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.heads import EnergyHead
+from ebm_prior.langevin import Generators, StepInfo, langevin, pcnl, randn
+
+__all__ = ["EnergyPrior", "SamplerConfig"]
+
+HEAD_KINDS = ("factorized", "joint", "both")
+TRANSITIONS = ("langevin", "pcnl")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How the heads were sampled while fitted, hence how to sample them now.
+
+    Attributes:
+        transition: `langevin` (the paper's step) or `pcnl` (Metropolis-adjusted).
+        steps: Transitions from N(0, I).
+        step_size: s of either transition.
+    """
+
+    transition: str = "pcnl"
+    steps: int = 40
+    step_size: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.transition not in TRANSITIONS:
+            raise EbmPriorError(
+                f"transition must be one of {', '.join(TRANSITIONS)}, got {self.transition!r}"
+            )
+
+
+class EnergyPrior(nn.Module):
+    """p(z) proportional to exp(-sum_i E_i) p_backbone(z)   (Eq. 6-7, with E = -f).
+
+    `factorized` has one head per latent group, on z_i alone (the paper's form). `joint`
+    has one head on the backbone's deterministic features after the last group, hence a
+    function of all groups at once. `both` sums them.
+
+    Args:
+        backbone: Frozen hierarchical VAE. It stays frozen and in evaluation mode.
+        heads: `factorized`, `joint` or `both`.
+        nef: Channels of the heads' convolutions (Table 12).
+        ndf: Units of the heads' linear layers (Table 12).
+        sampler: Default transition, steps and step size.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: str = "factorized",
+        nef: int = 64,
+        ndf: int = 200,
+        sampler: SamplerConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if heads not in HEAD_KINDS:
+            raise EbmPriorError(f"heads must be one of {', '.join(HEAD_KINDS)}, got {heads!r}")
+        if nef < 1 or ndf < 1:
+            raise EbmPriorError(f"nef and ndf must be at least 1, got {nef} and {ndf}")
+        self.backbone = backbone.freeze()
+        self.kind, self.nef, self.ndf = heads, nef, ndf
+        self.sampler = sampler or SamplerConfig()
+        self.reads_groups = heads in ("factorized", "both")
+        self.reads_features = heads in ("joint", "both")
+        shapes, names = [], []
+        if self.reads_groups:
+            shapes += [group.shape for group in backbone.groups]
+            names += [group.name for group in backbone.groups]
+        if self.reads_features:
+            shapes.append(backbone.feature_shape)
+            names.append("joint")
+        self.head_names = tuple(names)
+        self.heads = nn.ModuleList(EnergyHead(shape, nef, ndf) for shape in shapes)
+        self.heads.to(device=backbone.device, dtype=backbone.dtype)
+
+    @classmethod
+    def for_backbone(
+        cls,
+        backbone: Backbone,
+        heads: str = "factorized",
+        nef: int = 64,
+        ndf: int = 200,
+        sampler: SamplerConfig | None = None,
+    ) -> EnergyPrior:
+        """New heads, barely tilting, for the groups and features of a backbone."""
+        return cls(backbone, heads, nef, ndf, sampler)
+
+    def head_inputs(self, z: Sequence[Tensor], features: Tensor | None = None) -> Latents:
+        """What the heads read: one tensor per head.
+
+        Args:
+            z: Latents, one (B, *shape) per group.
+            features: `backbone.features(z)` where it is already known.
+        """
+        inputs = tuple(z) if self.reads_groups else ()
+        if self.reads_features:
+            inputs += (self.backbone.features(z) if features is None else features,)
+        return inputs
+
+    def energies_of(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Energy of every head on its own input: (B, number of heads), nats."""
+        pairs = zip(self.heads, inputs, strict=True)
+        return torch.stack([head(tensor) for head, tensor in pairs], 1)
+
+    def energies(self, z: Sequence[Tensor]) -> Tensor:
+        """Energy of every head: (B, number of heads), nats, in the order of `head_names`."""
+        self.backbone.check_latents(z, "z")
+        return self.energies_of(self.head_inputs(z))
+
+    def energy(self, z: Sequence[Tensor]) -> Tensor:
+        """Total energy of latents: (B,), nats."""
+        return self.energies(z).sum(1)
+
+    def energy_of_noise(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """E(T(eps)): (B,), nats; one top-down pass serves groups and features."""
+        if self.reads_features:
+            inputs = self.head_inputs(*self.backbone.top_down(eps, temperature))
+        else:
+            inputs = self.backbone.transform(eps, temperature)
+        return self.energies_of(inputs).sum(1)
+
+    def log_density(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """log p(eps) = -E(T(eps)) - |eps|^2 / 2 + const (App. A.3): (B,), nats."""
+        half_norm = sum(e.square().flatten(1).sum(1) for e in eps) / 2
+        return -self.energy_of_noise(eps, temperature) - half_norm
+
+    def noise(self, n: int, generator: Generators = None) -> Latents:
+        """eps ~ N(0, I) for n samples, one tensor per group."""
+        sizes = [group.numel for group in self.backbone.groups]
+        like = torch.empty((n, sum(sizes)), device=self.backbone.device, dtype=self.backbone.dtype)
+        parts = randn(like, generator).split(sizes, 1)
+        return tuple(
+            part.reshape(n, *group.shape)
+            for part, group in zip(parts, self.backbone.groups, strict=True)
+        )
+
+    def sample_eps(
+        self,
+        n: int,
+        steps: int | None = None,
+        step_size: float | None = None,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        transition: str | None = None,
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Latents:
+        """Chains of the tilted prior, started at eps ~ N(0, I).
+
+        Args:
+            n: Number of samples.
+            steps: Transitions; the stored number by default.
+            step_size: s; the stored one by default.
+            temperature: Multiplies every prior sigma.
+            generator: One generator, or one per sample.
+            transition: `langevin` or `pcnl`; the stored one by default.
+            callback: Called with a `StepInfo` after every step.
+
+        Returns:
+            One tensor per group, (n, *shape).
+        """
+        if n < 1:
+            raise EbmPriorError(f"number of samples must be at least 1, got {n}")
+        if not temperature > 0:
+            raise EbmPriorError(f"temperature must be positive, got {temperature}")
+        config = SamplerConfig(
+            transition or self.sampler.transition,
+            self.sampler.steps if steps is None else steps,
+            self.sampler.step_size if step_size is None else step_size,
+        )
+        return self.run_chain(
+            self.noise(n, generator), config, temperature=temperature, generator=generator,
+            callback=callback,
+        )
+
+    def run_chain(
+        self,
+        eps: Latents,
+        config: SamplerConfig,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Latents:
+        """Chains of the tilted prior from any start."""
+        chain, function = (
+            (langevin, self.log_density)
+            if config.transition == "langevin"
+            else (pcnl, self.energy_of_noise)
+        )
+        with frozen(self.heads):
+            return chain(
+                lambda e: function(e, temperature), eps, steps=config.steps,
+                step_size=config.step_size, generator=generator, callback=callback,
+            )
+
+    def sample(
+        self,
+        n: int,
+        steps: int | None = None,
+        step_size: float | None = None,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        transition: str | None = None,
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Tensor:
+        """Images drawn from the tilted prior, (n, C, H, W) in [0, 1].
+
+        The decoder's mean is shown, so an image is a function of its latents alone.
+        Arguments as in `sample_eps`.
+        """
+        eps = self.sample_eps(
+            n, steps, step_size, temperature, generator, transition, callback
+        )
+        return self.images(eps, temperature)
+
+    @torch.no_grad()
+    def images(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Decoder mean at T(eps): (n, C, H, W) in [0, 1]."""
+        return self.backbone.decode(self.backbone.transform(eps, temperature)).mean
+
+    def config(self) -> dict:
+        """Head and sampler settings as plain values."""
+        return {
+            "heads": {"kind": self.kind, "nef": self.nef, "ndf": self.ndf},
+            "sampler": asdict(self.sampler),
+        }
+
+    def save_pretrained(self, directory: str | Path, **kwargs: object) -> None:
+        """Write `heads.safetensors`, `config.json` and a model card into a folder."""
+        hub.save_pretrained(self, directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, backbone: Backbone, check_backbone: bool = True,
+        **hub_options: object,
+    ) -> EnergyPrior:
+        """Load heads from a saved folder, a run folder or a Hub id (`name@revision`).
+
+        Args:
+            source: Where the heads are.
+            backbone: The backbone they were fitted on.
+            check_backbone: Refuse a backbone whose SHA-256 differs from the stored one.
+            hub_options: Passed to `huggingface_hub` (`revision`, `token`, `cache_dir`, ...).
+        """
+        return hub.from_pretrained(
+            cls, source, backbone=backbone, check_backbone=check_backbone, **hub_options
+        )
+
+    def push_to_hub(self, repo_id: str, **hub_options: object) -> str:
+        """Upload heads, configuration and card to the Hugging Face Hub; returns the URL."""
+        return hub.push_to_hub(self, repo_id, **hub_options)
+
+    def extra_repr(self) -> str:
+        """Head kind and sampler, for `print(prior)`."""
+        return f"kind={self.kind}, nef={self.nef}, ndf={self.ndf}, {self.sampler}"
+
+
+class frozen:  # noqa: N801
+    """Context: parameters of a module need no gradient, so a chain saves none for them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for p in self.parameters:
+            p.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for p in self.parameters:
+            p.requires_grad_(True)

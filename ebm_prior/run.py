@@ -1,0 +1,173 @@
+"""Run folders: what `fit` leaves behind and resumes from.
+
+    config.json         settings, backbone path and SHA-256, versions, seed, status, results
+    heads.safetensors   the heads to sample with, replaced atomically at every save
+    state/              what --resume needs (one safetensors file, replaced atomically)
+    log.jsonl, tb/      one line per logged iteration; the same as TensorBoard events
+    samples/*.png       sample grids
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.files import write_bytes, write_json, write_text
+from ebm_prior.hub import CONFIG, WEIGHTS
+
+__all__ = ["RunFolder", "newest_run"]
+
+STATE = "state/state.safetensors"
+VERSIONED = ("ebm-prior", "torch", "numpy", "safetensors")
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Args:
+        path: The folder; created by `start`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._events = None
+
+    def start(self, config: dict) -> None:
+        """Create the folder and write its configuration.
+
+        Raises:
+            EbmPriorError: If the folder already holds a run, or cannot be written.
+        """
+        if (self.path / CONFIG).exists():
+            raise EbmPriorError(
+                f"{self.path} already holds a run; continue it with --resume, or choose "
+                "another --out"
+            )
+        try:
+            (self.path / "state").mkdir(parents=True, exist_ok=True)
+            (self.path / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise EbmPriorError(f"cannot create {self.path}: {error.strerror}") from error
+        self.write_config(config)
+
+    def write_config(self, config: dict) -> None:
+        """Replace `config.json`."""
+        write_json(self.path / CONFIG, config)
+
+    def config(self) -> dict:
+        """Read `config.json` of an existing run."""
+        try:
+            config = json.loads((self.path / CONFIG).read_text())
+        except FileNotFoundError as error:
+            raise EbmPriorError(f"{self.path} holds no run to resume") from error
+        except ValueError as error:
+            raise EbmPriorError(f"{self.path / CONFIG} is not readable JSON: {error}") from error
+        if not isinstance(config, dict) or "training" not in config:
+            raise EbmPriorError(f"{self.path} is not a run folder written by fit")
+        return config
+
+    def save_heads(self, data: bytes) -> None:
+        """Replace `heads.safetensors`."""
+        write_bytes(self.path / WEIGHTS, data)
+
+    def save_state(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Replace the state to resume from: tensors, and plain values beside them."""
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        write_bytes(self.path / STATE, save(tensors, {"state": json.dumps(meta)}))
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The last saved state, or None before the first save."""
+        path = self.path / STATE
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["state"])
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise EbmPriorError(f"{path} is damaged: {error}; start the run anew") from error
+
+    def finish(self) -> None:
+        """Drop what only an unfinished run needs."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+        if self._events is not None:
+            self._events.close()
+
+    def rewind_log(self, iteration: int) -> None:
+        """Forget logged iterations after `iteration`: a resumed run writes them again."""
+        path = self.path / "log.jsonl"
+        if path.exists():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["iteration"] <= iteration:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):  # a line cut off by a kill
+                    continue
+            write_text(path, "".join(kept))
+
+    def log(self, record: dict) -> None:
+        """Append one line to `log.jsonl` and to TensorBoard."""
+        iteration = record["iteration"]
+        try:
+            with (self.path / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise EbmPriorError(f"cannot write {self.path / 'log.jsonl'}: {error.strerror}") from (
+                error
+            )
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path / "tb"), purge_step=iteration)
+        for key, value in _scalars(record):
+            self._events.add_scalar(key, value, iteration)
+
+
+def _scalars(record: dict, prefix: str = "") -> Iterable[tuple[str, float]]:
+    """Numbers of a nested record with slash-joined names."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "iteration":
+            yield prefix + key, value
+
+
+def environment() -> dict:
+    """Versions that a run depends on, and when it started."""
+    return {
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in VERSIONED},
+    }
+
+
+def newest_run(root: str | Path = "runs", statuses: Sequence[str] = ("finished",)) -> Path:
+    """The most recent run under `root` with one of the given statuses.
+
+    Raises:
+        EbmPriorError: If there is none.
+    """
+    found = []
+    for path in Path(root).glob(f"*/{CONFIG}"):
+        try:
+            status = json.loads(path.read_text())["training"]["status"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if status in statuses:
+            found.append((path.stat().st_mtime, path.parent))
+    if not found:
+        raise EbmPriorError(
+            f"no {statuses[0]} run under {root}/; name one, or run ebm-prior fit first"
+        )
+    return max(found)[1]
