@@ -66,12 +66,14 @@ def train_classifier(
         Accuracy on the held-out images, between 0 and 1.
 
     Raises:
-        EbmPriorError: If labels are missing or the two sets do not fit together.
+        EbmPriorError: If labels are missing, the two sets do not fit together, or `out`
+            cannot be written.
     """
     from safetensors.torch import save
 
-    from ebm_prior.files import atomic_write
+    from ebm_prior.files import check_writable, write_bytes
 
+    check_writable(out)
     x, y = _tensors(train, "training")
     x_test, y_test = _tensors(test, "held-out")
     if x.shape[1:] != x_test.shape[1:]:
@@ -103,7 +105,7 @@ def train_classifier(
         **(provenance or {}),
     }
     state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
-    atomic_write(out, save(state, metadata={METADATA_KEY: json.dumps(description)}))
+    write_bytes(out, save(state, metadata={METADATA_KEY: json.dumps(description)}))
     return accuracy
 
 

@@ -8,7 +8,6 @@ The distance is pytorch-fid's own function; here are the statistics it takes.
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 import warnings
 import zipfile
@@ -84,12 +83,11 @@ class FeatureStatistics:
         """Write an .npz file, which pytorch-fid reads too (`mu` and `sigma`)."""
         from ebm_prior.files import atomic_write
 
-        buffer = io.BytesIO()
         entries = {"mu": self.mean, "sigma": self.cov, "features": np.array(self.features)}
         if self.n is not None:
             entries["n"] = np.array(self.n)
-        np.savez_compressed(buffer, **entries)
-        atomic_write(Path(path), buffer.getvalue())
+        with atomic_write(path) as file:
+            np.savez_compressed(file, **entries)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
