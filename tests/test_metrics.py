@@ -222,7 +222,8 @@ def test_the_shipped_digits_classifier_knows_the_digits():
     noise = compare(features, network(bytes_images(len(features), 1, 8, 8)), network)
     assert same.features == "digits classifier (64)"
     assert same.frechet < 0.2 * noise.frechet
-    assert same.precision > 0.5 > noise.precision
+    assert same.precision > noise.precision
+    assert same.recall > 0.5 > noise.recall
     assert noise.entropy < same.entropy <= math.log(10)
     assert noise.n == len(features)
 

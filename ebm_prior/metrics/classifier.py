@@ -194,8 +194,8 @@ def main(data: str, title: str, out: Path, steps: int, seed: int, device: str) -
     )
     try:
         accuracy = train_classifier(
-            load_images(data, split="train"),
-            load_images(data, split="test"),
+            load_images(data, split="train", labels=True),
+            load_images(data, split="test", labels=True),
             out,
             title=title,
             steps=steps,
