@@ -355,7 +355,7 @@ def _decode_or_raw(data: bytes, what: str) -> Image.Image:
         raise EbmPriorError(
             f"{what} is neither an encoded image nor a square raw one; is this an image LMDB?"
         ) from None
-    except Exception:  # noqa: S110 - damaged or huge: the line below says which
+    except Exception:  # damaged or too large: decoding says which
         pass
     return _decode(data, what)
 
