@@ -87,13 +87,12 @@ def from_pretrained(
     folder = resolve(source, **hub_options)
     config = read_config(folder)
     check_fits(config, backbone, source, check_backbone)
-    try:
-        prior = cls(
-            backbone, config["heads"]["kind"], config["heads"]["nef"], config["heads"]["ndf"],
-            SamplerConfig(**config["sampler"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise EbmPriorError(f"{source}: {CONFIG} lacks or misnames a field: {error}") from error
+    heads, sampler = config["heads"], config["sampler"]
+    check_size(folder / WEIGHTS, backbone, **{k: heads[k] for k in ("kind", "nef", "ndf")})
+    prior = cls(
+        backbone, heads["kind"], heads["nef"], heads["ndf"],
+        SamplerConfig(sampler["transition"], sampler["steps"], float(sampler["step_size"])),
+    )
     load_weights(prior, folder / WEIGHTS)
     return prior
 
@@ -178,15 +177,26 @@ def check_fits(config: dict, backbone: Backbone, source: object, check_hash: boo
         )
 
 
+def check_size(path: Path, backbone: Backbone, kind: str, nef: int, ndf: int) -> None:
+    """Refuse a file too small or too large for its configuration, before memory is taken."""
+    from ebm_prior.heads import EnergyHead
+    from ebm_prior.prior import head_shapes
+
+    with torch.device("meta"):
+        heads = [EnergyHead(s, nef, ndf) for s in head_shapes(backbone, kind).values()]
+    tensors = [tensor for head in heads for tensor in head.parameters()]
+    numbers = sum(tensor.numel() for tensor in tensors)
+    size, header = path.stat().st_size, 256 * len(tensors) + 4096
+    if not 2 * numbers <= size <= 8 * numbers + header:  # half to double precision
+        raise EbmPriorError(
+            f"{path} has {size} bytes, which cannot be the {numbers} parameters that its "
+            f"{CONFIG} describes; the two do not belong together"
+        )
+
+
 def load_weights(prior: EnergyPrior, path: Path) -> None:
     """Load a safetensors file into the heads; shapes, types and finiteness are checked."""
     expected = prior.heads.state_dict()
-    limit = 1 << 16  # header: a few hundred bytes per tensor
-    size = sum(t.numel() * t.element_size() for t in expected.values())
-    if path.stat().st_size > 2 * size + limit:
-        raise EbmPriorError(
-            f"{path} is {path.stat().st_size} bytes, its configuration describes heads of {size}"
-        )
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

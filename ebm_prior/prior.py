@@ -42,6 +42,14 @@ class SamplerConfig:
             )
 
 
+def head_shapes(backbone: Backbone, kind: str) -> dict[str, tuple[int, ...]]:
+    """Name and input shape of every head of a kind (`factorized`, `joint` or `both`)."""
+    if kind not in HEAD_KINDS:
+        raise EbmPriorError(f"heads must be one of {', '.join(HEAD_KINDS)}, got {kind!r}")
+    shapes = {g.name: g.shape for g in backbone.groups} if kind != "joint" else {}
+    return shapes if kind == "factorized" else {**shapes, "joint": backbone.feature_shape}
+
+
 class EnergyPrior(nn.Module):
     """p(z) proportional to exp(-sum_i E_i) p_backbone(z)   (Eq. 6-7, with E = -f).
 
@@ -66,8 +74,7 @@ class EnergyPrior(nn.Module):
         sampler: SamplerConfig | None = None,
     ) -> None:
         super().__init__()
-        if heads not in HEAD_KINDS:
-            raise EbmPriorError(f"heads must be one of {', '.join(HEAD_KINDS)}, got {heads!r}")
+        inputs = head_shapes(backbone, heads)
         if nef < 1 or ndf < 1:
             raise EbmPriorError(f"nef and ndf must be at least 1, got {nef} and {ndf}")
         self.backbone = backbone.freeze()
@@ -75,15 +82,8 @@ class EnergyPrior(nn.Module):
         self.sampler = sampler or SamplerConfig()
         self.reads_groups = heads in ("factorized", "both")
         self.reads_features = heads in ("joint", "both")
-        shapes, names = [], []
-        if self.reads_groups:
-            shapes += [group.shape for group in backbone.groups]
-            names += [group.name for group in backbone.groups]
-        if self.reads_features:
-            shapes.append(backbone.feature_shape)
-            names.append("joint")
-        self.head_names = tuple(names)
-        self.heads = nn.ModuleList(EnergyHead(shape, nef, ndf) for shape in shapes)
+        self.head_names = tuple(inputs)
+        self.heads = nn.ModuleList(EnergyHead(shape, nef, ndf) for shape in inputs.values())
         self.heads.to(device=backbone.device, dtype=backbone.dtype)
 
     @classmethod
