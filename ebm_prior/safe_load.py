@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:  # n
     if path.stat().st_size == 0:
         raise EbmPriorError(f"{path} is empty; download or copy it again")
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            # A pickle that torch did not write is refused below; no need to warn first.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)

@@ -205,7 +205,8 @@ def _other_family(path: Path) -> str:
     own = {"model.pth", "hyperparameters.p", "config.json"}
     if (folder / "hyperparameters.p").is_file() and (path == folder or path.name in own):
         return f"{folder} looks like a BIVA session folder; use backbone biva on the folder"
-    own = {"model_class_name.pt", "model_kwargs.pt", "model_state_dict.pt"}
+    own = {f"{name}.pt" for name in ("model_class_name", "model_kwargs", "model_state_dict")}
+    own |= {"datamodule_config.pt", "evaluator.pt"}
     if (folder / "model_class_name.pt").is_file() and (path == folder or path.name in own):
         return f"{folder} looks like an HVAE folder; use backbone hvae on the folder"
     return ""
@@ -387,6 +388,14 @@ def _check_state(network: Network, state: Mapping[str, Tensor], path: Path) -> N
                 f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
                 for k, v in expected.items()
                 if k in state and state[k].shape != v.shape
+            ],
+        ),
+        (
+            "mistyped",
+            [
+                f"{k} of {state[k].dtype}"
+                for k, v in expected.items()
+                if k in state and state[k].is_floating_point() != v.is_floating_point()
             ],
         ),
     ):
