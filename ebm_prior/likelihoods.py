@@ -14,7 +14,12 @@ from torch import Tensor
 from ebm_prior.backbone import Likelihood
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["BernoulliLikelihood", "DiscretizedLogisticMixture", "uniforms_like"]
+__all__ = [
+    "BernoulliLikelihood",
+    "BinomialLikelihood",
+    "DiscretizedLogisticMixture",
+    "uniforms_like",
+]
 
 
 def uniforms_like(
@@ -56,6 +61,43 @@ class BernoulliLikelihood(Likelihood):
         """Binary images, (B, C, H, W)."""
         uniforms = uniforms_like(self.logits, tuple(self.logits.shape), generator, 0.0)
         return (uniforms < self.mean).to(self.logits.dtype)
+
+
+class BinomialLikelihood(Likelihood):
+    """Pixels that count how many of `trials` independent coins fell heads.
+
+    scikit-learn's digits are of this kind: each pixel counts the inked points of a 4x4
+    block. Unlike a Bernoulli on grey levels it is a distribution over the data, and as
+    sharp as they are.
+
+    Args:
+        params: Logits, (B, C, H, W).
+        trials: Coins per pixel; images have the levels k / trials.
+    """
+
+    def __init__(self, params: Tensor, trials: int) -> None:
+        self.params = params
+        self.trials = trials
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-likelihood of images (B, C, H, W), rounded to the levels: (B,), nats."""
+        n = self.trials
+        heads = torch.round(x.to(self.params.dtype) * n)
+        ways = math.lgamma(n + 1) - torch.lgamma(heads + 1) - torch.lgamma(n - heads + 1)
+        log_p, log_not_p = F.logsigmoid(self.params), F.logsigmoid(-self.params)
+        return (ways + heads * log_p + (n - heads) * log_not_p).flatten(1).sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected image, (B, C, H, W)."""
+        return torch.sigmoid(self.params)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Images with levels k / trials, (B, C, H, W)."""
+        device = self.params.device if generator is None else generator.device
+        p = self.mean.detach().to(device)
+        heads = torch.binomial(torch.full_like(p, self.trials), p, generator=generator)
+        return (heads / self.trials).to(self.params.device)
 
 
 class DiscretizedLogisticMixture(Likelihood):

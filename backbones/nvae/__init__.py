@@ -13,10 +13,11 @@ from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce
 from backbones.nvae.network import TOP_SIGMA, GroupPosterior, Network
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.likelihoods import BernoulliLikelihood
+from ebm_prior.likelihoods import BernoulliLikelihood, BinomialLikelihood
 
 __all__ = ["NVAEBackbone", "load"]
 
+DIGITS_LEVELS = 16  # scikit-learn's digits hold counts of 0 to 16
 PADDING = 2  # MNIST and OMNIGLOT: 28x28 images in a 32x32 network
 
 
@@ -166,6 +167,8 @@ class NVAEBackbone(Backbone):
     def _likelihood(self, params: Tensor) -> Likelihood:
         if self.likelihood == "bernoulli":
             return BernoulliLikelihood(params, crop=self.padding)
+        if self.likelihood == "binomial":
+            return BinomialLikelihood(params, DIGITS_LEVELS)
         if self.likelihood == "gaussian":
             return NvaeGaussian(params, self.bits)
         return NvaeLogisticMixture(params, self.bits)

@@ -99,7 +99,7 @@ class Checkpoint:
         network: The network with its weights, on the CPU.
         dataset: Data set it was trained on.
         bits: Bits per channel of the training data.
-        likelihood: "bernoulli", "mixture" or "gaussian".
+        likelihood: "bernoulli", "binomial", "mixture" or "gaussian".
         args: All training arguments, defaults filled in.
     """
 
@@ -286,10 +286,10 @@ def network_config(
         size: Height and width the network works on.
 
     Returns:
-        The configuration and "bernoulli", "gaussian" or "mixture".
+        The configuration and "bernoulli", "binomial", "gaussian" or "mixture".
     """
     if channels == 1:
-        likelihood, outputs = "bernoulli", 1
+        likelihood, outputs = "binomial" if args["dataset"] == "digits" else "bernoulli", 1
     elif channels != 3:
         raise EbmPriorError(f"NVAE has no likelihood for images of {channels} channels")
     elif args["num_mixture_dec"] == 1:
