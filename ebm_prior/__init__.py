@@ -5,6 +5,12 @@
     images = prior.sample(16, steps=40)
 """
 
+import os
+
+# OpenMP threads that spin while they wait make torch ten times slower as soon as another
+# process wants a core. This has an effect only where torch is not imported yet.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone, LatentGroup, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError

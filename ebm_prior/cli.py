@@ -217,6 +217,7 @@ def fit_settings(command: Callable) -> Callable:
         "batch_size": (positive, "Posterior samples, and prior samples, per iteration."),
         "nce_lr": (positive_float, "Learning rate of the nce phase."),
         "mle_lr": (positive_float, "Learning rate of the mle phase."),
+        "reuse": (positive, "Times each Gaussian-prior sample serves in the nce phase."),
         "weight_decay": (click.FloatRange(min=0), "Adam's L2 penalty."),
         "ema": (click.FloatRange(0, 1, max_open=True), "Decay of the averaged heads."),
         "regularizer": (click.FloatRange(min=0), "Weight of the squared energies."),

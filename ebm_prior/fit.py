@@ -27,13 +27,14 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.images import grid, save_png
 from ebm_prior.langevin import ChainState, flatten, pcnl_start, pcnl_step
 from ebm_prior.losses import contrastive_loss, nce_loss
-from ebm_prior.posterior_cache import PosteriorStream, posterior_source
+from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.run import RunFolder, environment
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "Interrupted", "fit"]
 
 OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
+POOL_BATCHES = 8
 MAX_STEP_SIZE = 1.9  # beyond, the Crank-Nicolson proposal forgets its start and turns over
 
 
@@ -56,6 +57,8 @@ class FitConfig:
         batch_size: Posterior samples per iteration, and as many prior samples.
         nce_lr: Adam's learning rate in the `nce` phase.
         mle_lr: Adam's learning rate in the `mle` phase.
+        reuse: Times each Gaussian-prior sample serves in the `nce` phase, on average: drawing
+            them is most of an iteration's cost.
         warmup: Iterations over which the rate rises; it then falls linearly to a tenth.
         beta2: Adam's second moment decay (first: 0.9).
         weight_decay: Adam's L2 penalty.
@@ -85,6 +88,7 @@ class FitConfig:
     batch_size: int = 128
     nce_lr: float = 1e-3
     mle_lr: float = 1e-4
+    reuse: int = 4
     warmup: int = 100
     beta2: float = 0.999
     weight_decay: float = 3e-5
@@ -113,7 +117,7 @@ class FitConfig:
             )
         if self.chains not in ("persistent", "fresh"):
             raise EbmPriorError(f"chains must be persistent or fresh, got {self.chains!r}")
-        for name in ("batch_size", "steps", "judge_every", "save_every", "log_every", "patience"):
+        for name in ("batch_size", "reuse", "steps", "judge_every", "save_every", "log_every", "patience"):
             if getattr(self, name) < 1:
                 raise EbmPriorError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("nce_lr", "mle_lr"):
@@ -232,7 +236,6 @@ class _Fit:
         self.phase, self.iteration, self.total = 0, 0, 0
         self.lr_scale, self.rollbacks = 1.0, 0
         self.held_out_loss: float | None = None
-        self.pool: Tensor | None = None
         self.unflatten: Callable = flatten(prior.noise(1, torch.Generator().manual_seed(0)))[1]
         self.start_phase()
 
@@ -288,6 +291,7 @@ class _Fit:
             self.parameters, lr=1.0, betas=(0.9, self.config.beta2),
             weight_decay=self.config.weight_decay,
         )
+        self.pool: Tensor | None = None  # nce: head inputs; mle: chain states
         self.average = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_loss, self.since_best = math.inf, 0
@@ -357,8 +361,20 @@ class _Fit:
     def nce_iteration(self) -> dict:
         """Posterior samples against Gaussian-prior samples."""
         positives = self.positives()
-        negatives = self.gaussian_inputs(self.config.batch_size, self.generator)
-        return self.update(nce_loss, positives, negatives)
+        return self.update(nce_loss, positives, self.gaussian_negatives())
+
+    def gaussian_negatives(self) -> Latents:
+        """A batch from a pool of Gaussian-prior samples whose oldest rows are redrawn."""
+        n, size = self.config.batch_size, POOL_BATCHES * self.config.batch_size
+        fresh = max(n // self.config.reuse, 1)
+        if self.pool is None:
+            parts = [self.gaussian_inputs(n, self.generator) for _ in range(POOL_BATCHES)]
+            self.pool = torch.cat([torch.cat([t.flatten(1) for t in p], 1) for p in parts])
+        rows = (self.iteration * fresh + torch.arange(fresh)) % size
+        new = self.gaussian_inputs(fresh, self.generator)
+        self.pool[rows] = torch.cat([t.flatten(1) for t in new], 1)
+        picked = self.pool[torch.randperm(size, generator=self.generator)[:n]]
+        return split_inputs(picked, self.prior)
 
     def mle_iteration(self) -> dict:
         """Posterior samples against samples of the tilted prior (Eq. 10/17)."""
@@ -394,7 +410,7 @@ class _Fit:
         if self.config.chains == "fresh":
             return flatten(self.prior.noise(n, self.generator))[0]
         if self.pool is None:
-            size = max(self.config.pool or 8 * n, n)
+            size = max(self.config.pool or POOL_BATCHES * n, n)
             self.pool = flatten(self.prior.noise(size, self.generator))[0]
         self.picked = torch.randperm(len(self.pool), generator=self.generator)[:n]
         eps = self.pool[self.picked]

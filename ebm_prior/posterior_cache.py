@@ -69,12 +69,9 @@ class PosteriorCache:
         self, stream: PosteriorStream, path: Path, seed: int,
         on_chunk: Callable[[], None] = lambda: None,
     ) -> None:
-        self.shapes = head_input_shapes(stream.prior)
-        self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.device = stream.prior.backbone.device
-        self.dtype = stream.prior.backbone.dtype
+        self.prior = stream.prior
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (len(stream), sum(self.sizes))
+        shape = (len(stream), row_size(self.prior))
         progress_path = path.with_suffix(".json")
         done = 0
         if path.exists() and progress_path.exists():
@@ -104,9 +101,21 @@ class PosteriorCache:
 
     def __call__(self, index: Tensor, generator: torch.Generator | None = None) -> Latents:
         """Head inputs of the images at `index` (B,)."""
-        flat = torch.from_numpy(self.rows[index.numpy()]).to(self.device, self.dtype)
-        parts = flat.split(self.sizes, 1)
-        return tuple(p.reshape(-1, *s) for p, s in zip(parts, self.shapes, strict=True))
+        backbone = self.prior.backbone
+        flat = torch.from_numpy(self.rows[index.numpy()]).to(backbone.device, backbone.dtype)
+        return split_inputs(flat, self.prior)
+
+
+def split_inputs(flat: Tensor, prior: EnergyPrior) -> Latents:
+    """Rows (B, D) of flattened head inputs as one tensor per head."""
+    shapes = [head.shape for head in prior.heads]
+    parts = flat.split([math.prod(shape) for shape in shapes], 1)
+    return tuple(p.reshape(-1, *s) for p, s in zip(parts, shapes, strict=True))
+
+
+def row_size(prior: EnergyPrior) -> int:
+    """Numbers that all heads together read per sample."""
+    return sum(math.prod(head.shape) for head in prior.heads)
 
 
 def _reserve(path: Path, shape: tuple[int, int]) -> None:
@@ -128,18 +137,12 @@ def _reserve(path: Path, shape: tuple[int, int]) -> None:
         ) from error
 
 
-def head_input_shapes(prior: EnergyPrior) -> list[tuple[int, ...]]:
-    """Shape of each head's input, without the batch dimension."""
-    return [head.shape for head in prior.heads]
-
-
 def posterior_source(
     prior: EnergyPrior, images: Tensor, path: Path, seed: int, cache_gb: float,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> PosteriorCache | PosteriorStream:
     """A cache if it fits into `cache_gb` GiB of disk, otherwise fresh draws per batch."""
     stream = PosteriorStream(prior, images)
-    row = sum(math.prod(shape) for shape in head_input_shapes(prior))
-    if len(images) * row * 4 > cache_gb * 2**30:
+    if len(images) * row_size(prior) * 4 > cache_gb * 2**30:
         return stream
     return PosteriorCache(stream, path, seed, on_chunk)

@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as ebm_prior does, but before torch
+
 import pytest
 import torch
 

@@ -1,0 +1,308 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from backbones.toy import ToyBackbone
+from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit
+from ebm_prior import fit as fit_function
+from ebm_prior.fit import DivergenceError, Interrupted, _Fit
+from ebm_prior.losses import contrastive_loss, nce_loss
+from ebm_prior.run import RunFolder, newest_run
+
+QUICK = dict(
+    nce_iterations=60, mle_iterations=20, batch_size=32, save_every=10, judge_every=20,
+    sample_every=0, cache_gb=0.1,
+)
+
+
+def mismatched_images(toy, n=600):
+    """Images whose latents have half the spread the prior believes: a hole to find."""
+    z = toy.transform([0.5 * torch.randn(n, *g.shape, dtype=toy.dtype) for g in toy.groups])
+    return (toy.decode(z).mean * 255).round().to(torch.uint8)
+
+
+def new_prior(toy, kind="both", transition="pcnl", step_size=0.3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return EnergyPrior.for_backbone(
+            toy, kind, nef=4, ndf=16, sampler=SamplerConfig(transition, 20, step_size)
+        )
+
+
+def weights(prior):
+    return torch.cat([p.detach().flatten() for p in prior.heads.parameters()])
+
+
+def test_losses_point_the_right_way():
+    e_pos = torch.zeros(4, 2, requires_grad=True)
+    e_neg = torch.zeros(4, 2, requires_grad=True)
+    for loss in (contrastive_loss, nce_loss):
+        grads = torch.autograd.grad(loss(e_pos, e_neg), (e_pos, e_neg))
+        assert (grads[0] > 0).all() and (grads[1] < 0).all()  # descent lowers E on data
+    assert nce_loss(e_pos, e_neg).item() == pytest.approx(2 * math.log(2))
+
+
+def test_contrastive_gradient_is_equation_10(toy):
+    """d loss = E_q[dE] - E_p[dE], the negative of Eq. 10 with f = -E."""
+    prior = new_prior(toy)
+    z_pos, z_neg = (toy.transform(prior.noise(8)) for _ in range(2))
+    parameters = list(prior.heads.parameters())
+    grads = torch.autograd.grad(
+        contrastive_loss(prior.energies(z_pos), prior.energies(z_neg)), parameters
+    )
+    per_sample = [
+        torch.autograd.grad(prior.energy([t[i : i + 1] for t in z]).sum(), parameters)
+        for z in (z_pos, z_neg)
+        for i in range(8)
+    ]
+    for j, grad in enumerate(grads):
+        pos = sum(g[j] for g in per_sample[:8]) / 8
+        neg = sum(g[j] for g in per_sample[8:]) / 8
+        torch.testing.assert_close(grad, pos - neg)
+
+
+def test_nce_finds_the_density_ratio(tmp_path):
+    """At the optimum -E is log q/p, so the tilted prior has the posterior's spread."""
+    toy = ToyBackbone(sigma=0.02).freeze()
+    prior = new_prior(toy, "both")
+    config = FitConfig(objective="nce", nce_iterations=1500, nce_lr=5e-3, batch_size=128,
+                       sample_every=0, patience=100)
+    images = mismatched_images(toy, 4000)
+    result = fit(prior, images, config, run_dir=tmp_path / "run")
+    assert result.held_out_loss < 1.25  # chance: 1.386
+    eps = prior.sample_eps(4000, steps=60, generator=torch.Generator().manual_seed(1))
+    want = toy.inverse(toy.posterior(images / 255).z)
+    for ours, theirs in zip(eps, want, strict=True):
+        spread = theirs.std(0)
+        assert spread.min() < 0.8  # 1 under the Gaussian prior
+        torch.testing.assert_close(ours.std(0), spread, rtol=0.12, atol=0)
+
+
+@pytest.mark.parametrize("chains", ["persistent", "fresh"])
+@pytest.mark.parametrize("transition", ["pcnl", "langevin"])
+def test_mle_moves_the_prior_towards_the_posterior(tmp_path, transition, chains):
+    toy = ToyBackbone(sigma=0.02).freeze()
+    prior = new_prior(toy, "both", transition, 0.2)
+    config = FitConfig(objective="mle", mle_iterations=300, mle_lr=5e-3, batch_size=64, steps=8,
+                       chains=chains, sample_every=0)
+    result = fit(prior, mismatched_images(toy, 1000), config, run_dir=tmp_path / "run")
+    eps = prior.sample_eps(1000, steps=80, generator=torch.Generator().manual_seed(1))
+    assert torch.cat([e.flatten() for e in eps]).std().item() < 0.8
+    assert (result.acceptance is None) == (transition == "langevin")
+
+
+def test_run_folder_holds_what_it_should(toy, tmp_path):
+    prior = new_prior(toy)
+    config = FitConfig(**QUICK | dict(sample_every=40))
+    fit(prior, mismatched_images(toy), config, run_dir=tmp_path / "run", record={"note": 1})
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "heads.safetensors", "log.jsonl", "tb", "samples"}
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    training = stored["training"]
+    assert training["status"] == "finished" and training["note"] == 1
+    assert FitConfig.from_dict(training["fit"]) == config
+    assert stored["backbone"]["sha256"] == toy.sha256
+    assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {"000040.png",
+                                                                         "000080.png"}
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    last = [r for r in log if "loss" in r][-1]
+    assert last["iteration"] == 80 and set(last["energy_posterior"]) == set(prior.head_names)
+    assert {"acceptance", "grad_norm", "images_per_second", "step_size"} <= last.keys()
+    again = EnergyPrior.from_pretrained(tmp_path / "run", backbone=toy)
+    assert torch.equal(weights(again), weights(prior)) and again.sampler == prior.sampler
+    assert newest_run(tmp_path) == tmp_path / "run"
+
+
+@pytest.mark.parametrize("cache_gb", [0.1, 0.0])
+@pytest.mark.parametrize("stop_at", [1, 25, 60, 61, 75])
+def test_resuming_gives_the_identical_heads(toy, tmp_path, monkeypatch, stop_at, cache_gb):
+    images = mismatched_images(toy)
+    config = FitConfig(**QUICK | dict(cache_gb=cache_gb))
+    whole = new_prior(toy)
+    fit(whole, images, config, run_dir=tmp_path / "whole")
+
+    count, update = 0, _Fit.update
+
+    def dying(self, *args):
+        nonlocal count
+        count += 1
+        if count == stop_at:
+            raise KeyboardInterrupt  # as abrupt as a kill: nothing is saved
+        return update(self, *args)
+
+    monkeypatch.setattr(_Fit, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_prior(toy), images, config, run_dir=tmp_path / "parts")
+    monkeypatch.undo()
+    parts = new_prior(toy)
+    fit(parts, images, config, run_dir=tmp_path / "parts", resume=True)
+    assert torch.equal(weights(whole), weights(parts))
+    assert whole.sampler == parts.sampler
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in (tmp_path / run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(toy, tmp_path, monkeypatch):
+    images, config = mismatched_images(toy), FitConfig(**QUICK)
+    whole = new_prior(toy)
+    fit(whole, images, config, run_dir=tmp_path / "whole")
+    update = _Fit.update
+
+    def press(self, *args):
+        if self.total == 33:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *args)
+
+    monkeypatch.setattr(_Fit, "update", press)
+    with pytest.raises(Interrupted, match=f"fit --resume {tmp_path / 'parts'}"):
+        fit(new_prior(toy), images, config, run_dir=tmp_path / "parts")
+    assert RunFolder(tmp_path / "parts").load_state()[1]["total"] == 34
+    monkeypatch.undo()
+    parts = new_prior(toy)
+    fit(parts, images, config, run_dir=tmp_path / "parts", resume=True)
+    assert torch.equal(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e9])
+def test_divergence_is_rolled_back_and_survived(toy, tmp_path, monkeypatch, bad):
+    update, hits = _Fit.update, []
+
+    def sabotage(self, loss, positives, negatives):
+        if self.total == 27 and not hits:
+            hits.append(1)
+            with torch.no_grad():
+                self.prior.heads[1].layers[-1].bias.fill_(bad)
+                self.prior.heads[1].layers[-1].weight.mul_(bad)
+        return update(self, loss, positives, negatives)
+
+    monkeypatch.setattr(_Fit, "update", sabotage)
+    prior = new_prior(toy)
+    result = fit(prior, mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+    assert result.rollbacks == 1 and weights(prior).isfinite().all()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (record,) = [r for r in log if "rollback" in r]
+    assert record["diverged"] == "z1" and record["iteration"] == 20
+
+
+def test_hopeless_divergence_ends_with_the_last_good_heads(toy, tmp_path, monkeypatch):
+    update = _Fit.update
+
+    def sabotage(self, loss, positives, negatives):
+        if self.total >= 27:
+            negatives = [n * math.inf for n in negatives]
+        return update(self, loss, positives, negatives)
+
+    monkeypatch.setattr(_Fit, "update", sabotage)
+    with pytest.raises(DivergenceError, match="at iteration 27 after 3 rollbacks.*last good"):
+        fit(new_prior(toy), mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+    again = EnergyPrior.from_pretrained(tmp_path / "run", backbone=toy)
+    assert weights(again).isfinite().all()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["status"] == (
+        "diverged"
+    )
+
+
+def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
+    import errno
+
+    saves, real = [], RunFolder.save_state
+
+    def full(self, *args):
+        saves.append(1)
+        if len(saves) == 3:
+            monkeypatch.setattr(
+                os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space"))
+            )
+        return real(self, *args)
+
+    monkeypatch.setattr(RunFolder, "save_state", full)
+    with pytest.raises(EbmPriorError, match="disk full"):
+        fit(new_prior(toy), mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+    monkeypatch.undo()
+    assert RunFolder(tmp_path / "run").load_state()[1]["total"] == 20
+    EnergyPrior.from_pretrained(tmp_path / "run", backbone=toy)
+    assert not list((tmp_path / "run").rglob("*tmp*"))
+    prior = new_prior(toy)
+    fit(prior, mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(objective="gan"), "objective must be one of nce, mle, nce\\+mle"),
+        (dict(nce_lr=-1.0), "nce_lr must be positive"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(chains="old"), "chains must be"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(EbmPriorError, match=message):
+        FitConfig(**settings)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(EbmPriorError, match="unknown fit settings: nce_lrr"):
+        FitConfig.from_dict({"nce_lrr": 1})
+
+
+def test_wrong_images_and_folders_are_refused(toy, tmp_path):
+    with pytest.raises(EbmPriorError, match="images are"):
+        fit(new_prior(toy), torch.zeros(20, 3, 4, 4, dtype=torch.uint8), FitConfig(),
+            run_dir=tmp_path / "run")
+    with pytest.raises(EbmPriorError, match="too few"):
+        fit(new_prior(toy), torch.zeros(2, 1, 4, 4, dtype=torch.uint8), FitConfig(),
+            run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(EbmPriorError, match="already holds a run"):
+        fit(new_prior(toy), mismatched_images(toy), FitConfig(), run_dir=tmp_path / "run")
+
+
+def test_the_package_exports_the_function_not_the_module():
+    assert callable(fit_function)
+
+
+@pytest.mark.slow
+def test_kill_at_ten_random_moments_and_resume(tmp_path):
+    """kill -9, at any moment, then --resume: the same bytes as an uninterrupted run."""
+    torch.manual_seed(3)
+    (tmp_path / "toy.json").write_text('{"top": 2, "bottom": 3}')
+    import numpy as np
+
+    images = mismatched_images(ToyBackbone(), 3000).squeeze(1).numpy()
+    np.savez(tmp_path / "x.npz", x_train=images, x_test=images[:100])
+    command = [sys.executable, "-m", "ebm_prior", "fit"]
+    first = ["--backbone", "toy", "--ckpt", str(tmp_path / "toy.json"), "--data",
+             str(tmp_path / "x.npz"), "--heads", "both", "--nce-iterations", "600",
+             "--mle-iterations", "200", "--save-every", "20"]
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    subprocess.run([*command, *first, "--out", str(whole)], check=True, capture_output=True)
+    length = time.monotonic() - began
+    expected = (whole / "heads.safetensors").read_bytes()
+    moments = torch.rand(10, generator=torch.Generator().manual_seed(0)) * length * 0.9
+    for i, moment in enumerate(moments.tolist()):
+        run = tmp_path / f"run{i}"
+        process = subprocess.Popen([*command, *first, "--out", str(run)],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+        again = ["--resume", str(run)] if (run / "config.json").exists() else [
+            *first, "--out", str(run)]
+        subprocess.run([*command, *again], check=True, capture_output=True)
+        assert (run / "heads.safetensors").read_bytes() == expected, f"killed after {moment:.1f} s"
