@@ -512,3 +512,24 @@ def test_state_can_be_replaced(tmp_path):
     backbone.load_state_dict(state)
     assert isinstance(backbone, NVAEBackbone)
     assert not torch.allclose(backbone.transform(eps)[-1], before)
+
+
+def test_folds_once_and_outside_inference_mode(tmp_path, monkeypatch):
+    folds = []
+    original = Network.folded
+    monkeypatch.setattr(Network, "folded", lambda self: folds.append(1) or original(self))
+    backbone = load(write(tmp_path))
+    assert len(folds) == 1
+    with torch.inference_mode():
+        backbone.double().transform(eps_for(backbone))
+    eps = [e.requires_grad_() for e in eps_for(backbone)]
+    torch.autograd.grad(backbone.transform(eps)[-1].sum(), eps)
+    assert len(folds) == 2
+
+
+def test_can_be_copied_and_pickled(tmp_path):
+    backbone = load(write(tmp_path))
+    expected = backbone.transform(eps_for(backbone))
+    for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        for a, b in zip(twin.transform(eps_for(backbone)), expected, strict=True):
+            assert torch.equal(a, b)

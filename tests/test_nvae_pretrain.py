@@ -122,6 +122,11 @@ def test_diverging_training_is_reported(tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_epochs_decide_the_steps(tmp_path):
+    path = pretrain(blobs(), out=tmp_path, dataset="digits", **TINY | {"epochs": 2})
+    assert torch.load(path, weights_only=False)["global_step"] == 2 * (64 // 16)
+
+
 def test_colour_images_have_a_mixture(tmp_path):
     settings = TINY | {"iterations": 3, "mixtures": 2, "bits": 5}
     path = pretrain(blobs(channels=3), out=tmp_path, dataset="mine", **settings)
@@ -139,7 +144,7 @@ def test_colour_images_have_a_mixture(tmp_path):
         (blobs(), "mnist", {}, "1 x 28 x 28"),
         (blobs(), "cifar10", {}, "cifar10 means 3 x 32 x 32"),
         (blobs(size=6), "mine", {"scales": 3}, "cannot be halved"),
-        (blobs(), "digits", {"epochs": 3}, "unknown pretrain settings: epochs"),
+        (blobs(), "digits", {"layers": 3}, "unknown pretrain settings: layers"),
         (blobs(), "digits", {"iterations": 0}, "iterations must be positive"),
         (blobs(), "digits", {"batch_size": 1}, "batch_size must be at least 2"),
         (blobs(), "digits", {"lr": float("nan")}, "lr must not be nan"),

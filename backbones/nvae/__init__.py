@@ -50,17 +50,20 @@ class NVAEBackbone(Backbone):
         self.feature_shape = self.network.feature_shape
         self.freeze()
         self.refold()
-        self.register_load_state_dict_post_hook(lambda module, _: module.refold())
+        self.register_load_state_dict_post_hook(_refold)
 
     def refold(self) -> None:
-        """Rebuild the fast form; call after changing a weight of `network` in place."""
+        """Drop the fast form; call after changing a weight of `network` in place."""
         # Kept out of the module tree: it repeats `network`'s weights, and must be built
         # from them again, not cast, when the type changes.
-        self._fast = (self.network.folded(),)
+        self._fast: tuple[Network, ...] = ()
 
     @property
     def fast(self) -> Network:
         """The network as plain convolutions, which all evaluation uses."""
+        if not self._fast:
+            with torch.inference_mode(False), torch.no_grad():
+                self._fast = (self.network.folded(),)
         return self._fast[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -245,6 +248,10 @@ class NVAEBackbone(Backbone):
         return self
 
 
+def _refold(module: NVAEBackbone, _: object) -> None:
+    module.refold()
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> NVAEBackbone:
     """Load NVAE's `checkpoint.pt`, frozen, in evaluation mode.
 
@@ -252,4 +259,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> NVAEBackbone:
         EbmPriorError: If the file is no NVAE checkpoint, does not fit its own arguments or
             needs an option that is not supported; see `read_checkpoint`.
     """
-    return NVAEBackbone(read_checkpoint(path)).to(device)
+    backbone = NVAEBackbone(read_checkpoint(path)).to(device)
+    _ = backbone.fast  # fold now rather than in the first call
+    return backbone

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from backbones.nvae import NVAEBackbone
 from backbones.nvae.checkpoint import (
@@ -65,6 +66,7 @@ class PretrainConfig:
         mixtures: Components of the logistic mixture (colour images; 1: Gaussian).
         bits: Bits per channel the images are reduced to (colour images).
         iterations: Optimizer steps.
+        epochs: Passes over the images; where given, decides `iterations`.
         batch_size: Images per step.
         lr: Adamax learning rate after warm-up; falls to `lr_min` along a cosine.
         lr_min: Learning rate at the end.
@@ -90,6 +92,7 @@ class PretrainConfig:
     mixtures: int = 10
     bits: int = 8
     iterations: int = 6000
+    epochs: int = 0
     batch_size: int = 64
     lr: float = 1e-2
     lr_min: float = 1e-4
@@ -173,7 +176,8 @@ def pretrain(
             bit-identical result.
         device: Where to train.
         progress: Called after every step with steps done, steps in all, and the batch's
-            `loss`, `elbo` (nats per image) and `kl`.
+            `loss`, `elbo` (nats per image) and `kl`; by default a progress bar, on a
+            terminal.
         settings: Fields of `PretrainConfig`.
 
     Returns:
@@ -190,6 +194,9 @@ def pretrain(
         raise EbmPriorError(f"unknown pretrain settings: {', '.join(sorted(unknown))}")
     channels, size = _working_format(images, dataset)
     config = PretrainConfig(**settings).for_images(channels, size)
+    if config.epochs:
+        steps = _steps_per_epoch(len(images), config.batch_size)
+        config = replace(config, iterations=config.epochs * steps)
     training = _Training(images, Path(out), dataset, config, check_device(device), size)
     training.prepare(resume)
     training.run(progress)
@@ -374,12 +381,20 @@ class _Training:
         """All remaining steps."""
         total = self.config.iterations
         self.network.train()
-        with _CtrlC() as ctrl_c:
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc="pretrain",
+            disable=None if progress is None else True,
+        )
+        with bar, _CtrlC() as ctrl_c:
             while self.step < total:
                 metrics = self.one_step()
                 self.step += 1
                 if progress is not None:
                     progress(self.step, total, metrics)
+                bar.set_postfix(elbo=f"{metrics['elbo']:.1f}", refresh=False)
+                bar.update()
                 if self.step % self.config.save_every == 0 or self.step == total:
                     self.save()
                 if ctrl_c.pressed:
