@@ -45,7 +45,9 @@ class ToyLikelihood(Likelihood):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Noisy image, clamped to [0, 1]."""
         noise = torch.randn(
-            self.params.shape, generator=generator, device=self.params.device,
+            self.params.shape,
+            generator=generator,
+            device=self.params.device,
             dtype=self.params.dtype,
         )
         return (self.params + self.sigma * noise).clamp(0, 1)
@@ -161,6 +163,6 @@ def load(path: str | Path, device: torch.device) -> ToyBackbone:
         backbone = ToyBackbone(**settings)
     except (ValueError, TypeError, OSError) as error:
         raise EbmPriorError(
-            f"{path} is not a toy backbone: expected JSON such as {{\"top\": 2, \"bottom\": 3}}"
+            f'{path} is not a toy backbone: expected JSON such as {{"top": 2, "bottom": 3}}'
         ) from error
     return backbone.to(device)

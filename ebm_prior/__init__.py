@@ -1,8 +1,8 @@
 """Energy priors for pretrained hierarchical VAEs.
 
-    backbone = ebm_prior.load_backbone("nvae", "checkpoint.pt")
-    prior = ebm_prior.EnergyPrior.from_pretrained("runs/mine", backbone=backbone)
-    images = prior.sample(16, steps=40)
+backbone = ebm_prior.load_backbone("nvae", "checkpoint.pt")
+prior = ebm_prior.EnergyPrior.from_pretrained("runs/mine", backbone=backbone)
+images = prior.sample(16, steps=40)
 """
 
 import os

@@ -140,9 +140,7 @@ class Backbone(nn.Module, abc.ABC):
     def decode(self, z: Sequence[Tensor]) -> Likelihood:
         """p(x|z)."""
 
-    def top_down(
-        self, eps: Sequence[Tensor], temperature: float = 1.0
-    ) -> tuple[Latents, Tensor]:
+    def top_down(self, eps: Sequence[Tensor], temperature: float = 1.0) -> tuple[Latents, Tensor]:
         """`transform` and `features` together; override where one pass yields both."""
         z = self.transform(eps, temperature)
         return z, self.features(z)

@@ -29,8 +29,11 @@ class Cli(click.Group):
     """
 
     def main(  # noqa: D102
-        self, args: Any = None, standalone_mode: bool = True, **extra: Any  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        self,
+        args: Any = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         debug = "--debug" in (sys.argv if args is None else args)
@@ -98,7 +101,9 @@ device_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 heads_options = options(
     click.option(
-        "--heads", "source", metavar="SOURCE",
+        "--heads",
+        "source",
+        metavar="SOURCE",
         help="Run folder, saved folder or Hub id [default: newest finished run under runs/].",
     ),
     click.option("--backbone", help="Backbone family [default: what the heads say]."),
@@ -106,7 +111,8 @@ heads_options = options(
         "--ckpt", metavar="FILE", help="Backbone checkpoint [default: where the run found it]."
     ),
     click.option(
-        "--any-backbone", is_flag=True,
+        "--any-backbone",
+        is_flag=True,
         help="Accept a checkpoint other than the one the heads were fitted on.",
     ),
     device_option,
@@ -117,15 +123,20 @@ chain_options = options(
         "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
     ),
     click.option(
-        "--transition", type=click.Choice(["langevin", "pcnl"]),
+        "--transition",
+        type=click.Choice(["langevin", "pcnl"]),
         help="The paper's step, or the Metropolis-adjusted one [default: stored].",
     ),
     click.option(
-        "--temperature", type=positive_float, default=1.0, show_default=True,
+        "--temperature",
+        type=positive_float,
+        default=1.0,
+        show_default=True,
         help="Multiplies every prior sigma.",
     ),
     click.option(
-        "--readjust-bn", is_flag=True,
+        "--readjust-bn",
+        is_flag=True,
         help="Recompute batch-norm statistics at this temperature (NVAE).",
     ),
     click.option(
@@ -134,12 +145,11 @@ chain_options = options(
 )
 data_options = options(
     click.option(
-        "--data", metavar="DATA",
+        "--data",
+        metavar="DATA",
         help="Data set name, or image folder, zip, .npz or LMDB [default: as the backbone].",
     ),
-    click.option(
-        "--resize", is_flag=True, help="Resize, crop or convert images that do not fit."
-    ),
+    click.option("--resize", is_flag=True, help="Resize, crop or convert images that do not fit."),
 )
 
 
@@ -165,7 +175,11 @@ def open_prior(
 
 
 def open_images(
-    data: str | None, backbone: Any, split: str, resize: bool, limit: int | None = None  # noqa: ANN401
+    data: str | None,
+    backbone: Any,
+    split: str,
+    resize: bool,
+    limit: int | None = None,
 ) -> ImageSet:
     """Images of the named source, or of the data set the backbone was trained on."""
     from ebm_prior.data import load_images
@@ -173,9 +187,7 @@ def open_images(
     data = data or backbone.dataset
     if not data:
         raise EbmPriorError("the checkpoint does not name its data set; give one with --data")
-    return load_images(
-        data, split=split, shape=backbone.image_shape, resize=resize, limit=limit
-    )
+    return load_images(data, split=split, shape=backbone.image_shape, resize=resize, limit=limit)
 
 
 def chain_config(
@@ -194,7 +206,7 @@ def chain_config(
     )
 
 
-def readjust(backbone: Any, temperature: float, wanted: bool) -> None:  # noqa: ANN401
+def readjust(backbone: Any, temperature: float, wanted: bool) -> None:
     """Adjust batch-norm statistics where asked for and possible."""
     if not wanted:
         return
@@ -233,8 +245,12 @@ def fit_settings(command: Callable) -> Callable:
     }
     for name, (kind, text) in reversed(exposed.items()):
         command = click.option(
-            f"--{name.replace('_', '-')}", name, type=kind, default=getattr(FitConfig, name),
-            show_default=True, help=text,
+            f"--{name.replace('_', '-')}",
+            name,
+            type=kind,
+            default=getattr(FitConfig, name),
+            show_default=True,
+            help=text,
         )(command)
     return command
 
@@ -246,25 +262,39 @@ def fit_settings(command: Callable) -> Callable:
 @click.option("--limit", type=positive, help="Use the first so many images only.")
 @click.option("--out", metavar="DIR", help="Run folder [default: runs/<backbone>-<data>-<time>].")
 @click.option(
-    "--resume", metavar="[DIR]", is_flag=False, flag_value="",
+    "--resume",
+    metavar="[DIR]",
+    is_flag=False,
+    flag_value="",
     help="Continue this run [without a value: --out, or the newest unfinished run].",
 )
 @click.option(
-    "--heads", "kind", type=click.Choice(["factorized", "joint", "both"]), default="joint",
-    show_default=True, help="The paper's one head per group, one on the joint features, or both.",
+    "--heads",
+    "kind",
+    type=click.Choice(["factorized", "joint", "both"]),
+    default="joint",
+    show_default=True,
+    help="The paper's one head per group, one on the joint features, or both.",
 )
 @click.option("--nef", type=positive, default=64, show_default=True, help="Head channels.")
 @click.option("--ndf", type=positive, default=200, show_default=True, help="Head linear units.")
 @click.option(
-    "--transition", type=click.Choice(["pcnl", "langevin"]), default="pcnl", show_default=True,
+    "--transition",
+    type=click.Choice(["pcnl", "langevin"]),
+    default="pcnl",
+    show_default=True,
     help="Metropolis-adjusted step with tuned size, or the paper's Langevin step.",
 )
 @click.option(
-    "--step-size", type=positive_float,
+    "--step-size",
+    type=positive_float,
     help="Step size; pcnl starts its tuning there [default: 0.3 pcnl, 0.1 langevin].",
 )
 @click.option(
-    "--sample-steps", type=positive, default=40, show_default=True,
+    "--sample-steps",
+    type=positive,
+    default=40,
+    show_default=True,
     help="Transitions stored with the heads for sampling.",
 )
 @fit_settings
@@ -272,10 +302,23 @@ def fit_settings(command: Callable) -> Callable:
 @json_option
 @click.pass_context
 def fit(
-    ctx: click.Context, backbone: str | None, ckpt: str | None, data: str | None, resize: bool,
-    limit: int | None, out: str | None, resume: str | None, kind: str, nef: int, ndf: int,
-    transition: str, step_size: float | None, sample_steps: int, device: str, as_json: bool,
-    **settings: Any,  # noqa: ANN401
+    ctx: click.Context,
+    backbone: str | None,
+    ckpt: str | None,
+    data: str | None,
+    resize: bool,
+    limit: int | None,
+    out: str | None,
+    resume: str | None,
+    kind: str,
+    nef: int,
+    ndf: int,
+    transition: str,
+    step_size: float | None,
+    sample_steps: int,
+    device: str,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Fit energy heads on a frozen backbone.
 
@@ -344,7 +387,11 @@ def fit(
     if source is not None and Path(source).exists():
         source = str(Path(source).absolute())
     result = fit_heads(
-        prior, images.images, config, run_dir=folder, resume=resuming,
+        prior,
+        images.images,
+        config,
+        run_dir=folder,
+        resume=resuming,
         record={"data": {"source": source, "resize": resize, "limit": limit}},
     )
     if as_json:
@@ -375,20 +422,48 @@ def newest_unfinished() -> Path:
 @heads_options
 @chain_options
 @click.option("-n", "--number", "n", type=positive, default=64, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Image i uses seed + i.")
-@click.option("--seeds", metavar="LIST", help="Seeds such as 0-49999 or 1,5,10-12, in place of "
-              "-n and --seed.")
-@click.option("--out", metavar="PATH",
-              help="A .png grid, a folder or .zip of PNGs, or .npz [default: a grid in the run].")
-@click.option("--compare", is_flag=True, help="Also the Gaussian prior's images from the same "
-              "noise: beside the grid, or in a second output.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Image i uses seed + i.",
+)
+@click.option(
+    "--seeds",
+    metavar="LIST",
+    help="Seeds such as 0-49999 or 1,5,10-12, in place of -n and --seed.",
+)
+@click.option(
+    "--out",
+    metavar="PATH",
+    help="A .png grid, a folder or .zip of PNGs, or .npz [default: a grid in the run].",
+)
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Also the Gaussian prior's images from the same "
+    "noise: beside the grid, or in a second output.",
+)
 @click.option("--trajectory", metavar="PNG", help="Also write the transition strip of 8 chains.")
 def sample(
-    source: str | None, backbone: str | None, ckpt: str | None, any_backbone: bool, device: str,
-    steps: int | None, step_size: float | None, transition: str | None, temperature: float,
-    readjust_bn: bool, batch_size: int, n: int, seed: int, seeds: str | None, out: str | None,
-    compare: bool, trajectory: str | None,
+    source: str | None,
+    backbone: str | None,
+    ckpt: str | None,
+    any_backbone: bool,
+    device: str,
+    steps: int | None,
+    step_size: float | None,
+    transition: str | None,
+    temperature: float,
+    readjust_bn: bool,
+    batch_size: int,
+    n: int,
+    seed: int,
+    seeds: str | None,
+    out: str | None,
+    compare: bool,
+    trajectory: str | None,
 ) -> None:
     """Draw images from the energy prior.
 
@@ -423,7 +498,11 @@ def sample(
                 second = path.with_name(f"{path.stem}-gaussian{path.suffix}")
                 writers.append(stack.enter_context(ImageWriter(second, len(seed_list), seed_list)))
         for batch in seeded_batches(
-            prior, seed_list, config, batch_size=batch_size, temperature=temperature,
+            prior,
+            seed_list,
+            config,
+            batch_size=batch_size,
+            temperature=temperature,
             callback=strip,
         ):
             if strip is not None:
@@ -437,8 +516,10 @@ def sample(
                 for writer, pictures in zip(writers, (images, gaussian), strict=False):
                     writer.add(pictures)
     if beside:
-        rows = [("Gaussian prior", torch.cat(before)), (f"energy prior, {config.steps} steps",
-                                                         torch.cat(after))]
+        rows = [
+            ("Gaussian prior", torch.cat(before)),
+            (f"energy prior, {config.steps} steps", torch.cat(after)),
+        ]
         save_png(path, labelled_rows(rows))
     if strip is not None:
         save_png(Path(trajectory), strip.picture())
@@ -458,22 +539,22 @@ class Strip:
         self.rows: dict[int, Any] = {}
         self.closed = False
 
-    def __call__(self, info: Any) -> None:  # noqa: ANN401
+    def __call__(self, info: Any) -> None:
         """Take a picture at the chosen steps of the first batch."""
         if not self.closed and info.step in self.at:
             self.rows[info.step] = self.images(info.eps)
 
-    def close(self, start: Any) -> None:  # noqa: ANN401
+    def close(self, start: Any) -> None:
         """Add the start, once the first batch is done."""
         if not self.closed:
             self.rows = {0: self.images(start), **self.rows}
             self.closed = True
 
-    def images(self, eps: Any) -> Any:  # noqa: ANN401
+    def images(self, eps: Any) -> Any:
         """Pictures of the first chains."""
         return self.prior.images([e[: self.chains] for e in eps], self.temperature)
 
-    def picture(self) -> Any:  # noqa: ANN401
+    def picture(self) -> Any:
         """One labelled row per recorded step."""
         from ebm_prior.images import labelled_rows, to_uint8
 
@@ -487,20 +568,53 @@ class Strip:
 @heads_options
 @chain_options
 @data_options
-@click.option("-n", "--number", "n", type=click.IntRange(min=2), default=10_000,
-              show_default=True, help="Samples of each prior.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Sample i uses seed + i.")
-@click.option("--features", metavar="NAME|FILE",
-              help="inception, mnist, digits or a trained classifier [default: by image size].")
-@click.option("--inception-weights", metavar="FILE", type=click.Path(),
-              help="pytorch-fid's weights file, in place of its download.")
+@click.option(
+    "-n",
+    "--number",
+    "n",
+    type=click.IntRange(min=2),
+    default=10_000,
+    show_default=True,
+    help="Samples of each prior.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Sample i uses seed + i.",
+)
+@click.option(
+    "--features",
+    metavar="NAME|FILE",
+    help="inception, mnist, digits or a trained classifier [default: by image size].",
+)
+@click.option(
+    "--inception-weights",
+    metavar="FILE",
+    type=click.Path(),
+    help="pytorch-fid's weights file, in place of its download.",
+)
 @json_option
 def evaluate(
-    source: str | None, backbone: str | None, ckpt: str | None, any_backbone: bool, device: str,
-    steps: int | None, step_size: float | None, transition: str | None, temperature: float,
-    readjust_bn: bool, batch_size: int, data: str | None, resize: bool, n: int, seed: int,
-    features: str | None, inception_weights: str | None, as_json: bool,
+    source: str | None,
+    backbone: str | None,
+    ckpt: str | None,
+    any_backbone: bool,
+    device: str,
+    steps: int | None,
+    step_size: float | None,
+    transition: str | None,
+    temperature: float,
+    readjust_bn: bool,
+    batch_size: int,
+    data: str | None,
+    resize: bool,
+    n: int,
+    seed: int,
+    features: str | None,
+    inception_weights: str | None,
+    as_json: bool,
 ) -> None:
     """Compare Gaussian prior, energy prior and reconstructions with held-out images.
 
@@ -522,8 +636,15 @@ def evaluate(
     reference = open_images(data, prior.backbone, "test", resize)
     readjust(prior.backbone, temperature, readjust_bn)
     result = measure(
-        prior, reference.images, train.images, network, n=n, config=chain,
-        temperature=temperature, seed=seed, batch_size=batch_size,
+        prior,
+        reference.images,
+        train.images,
+        network,
+        n=n,
+        config=chain,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
     )
     click.echo(json.dumps(result.to_dict()) if as_json else result.table())
 
@@ -536,12 +657,22 @@ def evaluate(
 @click.option("--data", required=True, metavar="DATA", help="Data set name or path.")
 @click.option("--out", required=True, metavar="DIR", help="Folder for checkpoint.pt.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted training in --out.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="A setting of the family's trainer, such as epochs=20; repeatable.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the family's trainer, such as epochs=20; repeatable.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @device_option
 def pretrain(
-    backbone: str, data: str, out: str, resume: bool, settings: tuple[str, ...], seed: int,
+    backbone: str,
+    data: str,
+    out: str,
+    resume: bool,
+    settings: tuple[str, ...],
+    seed: int,
     device: str,
 ) -> None:
     """Train a small backbone by its ELBO (stage one), in its family's public format.
@@ -556,8 +687,13 @@ def pretrain(
     images = load_images(data, split="train")
     values = dict(parse_setting(text) for text in settings)
     path = trainer(
-        images.images, out=Path(out), dataset=images.name, resume=resume, seed=seed,
-        device=check_device(device), **values,
+        images.images,
+        out=Path(out),
+        dataset=images.name,
+        resume=resume,
+        seed=seed,
+        device=check_device(device),
+        **values,
     )
     click.echo(f"checkpoint -> {path}\nnext: ebm-prior fit --backbone {backbone} --ckpt {path}")
 

@@ -108,9 +108,14 @@ def evaluate(
         compare(want, torch.cat(features), network) for features in (before, after, floor)
     )
     return Evaluation(
-        gaussian, energy, reconstruction,
+        gaussian,
+        energy,
+        reconstruction,
         gap_closed(gaussian.frechet, energy.frechet, reconstruction.frechet),
-        len(reference), config, temperature, seed,
+        len(reference),
+        config,
+        temperature,
+        seed,
     )
 
 

@@ -117,7 +117,15 @@ class FitConfig:
             )
         if self.chains not in ("persistent", "fresh"):
             raise EbmPriorError(f"chains must be persistent or fresh, got {self.chains!r}")
-        for name in ("batch_size", "reuse", "steps", "judge_every", "save_every", "log_every", "patience"):
+        for name in (
+            "batch_size",
+            "reuse",
+            "steps",
+            "judge_every",
+            "save_every",
+            "log_every",
+            "patience",
+        ):
             if getattr(self, name) < 1:
                 raise EbmPriorError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("nce_lr", "mle_lr"):
@@ -259,8 +267,12 @@ class _Fit:
         held_out = int(len(images) * self.config.held_out)
         self.held_out, self.train = order[:held_out], order[held_out:]
         source = posterior_source(
-            self.prior, images, self.run.path / "state" / "posterior.npy", self.config.seed,
-            self.config.cache_gb, stop_if_asked,
+            self.prior,
+            images,
+            self.run.path / "state" / "posterior.npy",
+            self.config.seed,
+            self.config.cache_gb,
+            stop_if_asked,
         )
         if isinstance(source, PosteriorStream):
             tqdm.write(f"posterior samples exceed {self.config.cache_gb} GiB: drawn per batch")
@@ -276,8 +288,12 @@ class _Fit:
         self.tune_step_size()
         self.prior.sampler = replace(self.prior.sampler, step_size=self.step_size)
         result = FitResult(
-            self.total, time.monotonic() - began,
-            self.held_out_loss, self.acceptance, self.step_size, self.rollbacks,
+            self.total,
+            time.monotonic() - began,
+            self.held_out_loss,
+            self.acceptance,
+            self.step_size,
+            self.rollbacks,
         )
         self.sample_grid()
         self.run.save_heads(hub.heads_bytes(self.prior))
@@ -288,7 +304,9 @@ class _Fit:
     def start_phase(self) -> None:
         """Fresh optimizer, averages and judgements."""
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=1.0, betas=(0.9, self.config.beta2),
+            self.parameters,
+            lr=1.0,
+            betas=(0.9, self.config.beta2),
             weight_decay=self.config.weight_decay,
         )
         self.pool: Tensor | None = None  # nce: head inputs; mle: chain states
@@ -316,8 +334,8 @@ class _Fit:
                 self.total += 1
                 bar.update()
                 if self.iteration % self.config.log_every == 0:
-                    speed = self.config.log_every * self.config.batch_size / (
-                        time.monotonic() - began
+                    speed = (
+                        self.config.log_every * self.config.batch_size / (time.monotonic() - began)
                     )
                     began = time.monotonic()
                     bar.set_postfix(self.log(name, step, speed))
@@ -341,9 +359,7 @@ class _Fit:
 
     def positives(self) -> Latents:
         """Head inputs of a random batch of posterior samples."""
-        pick = torch.randint(
-            len(self.train), (self.config.batch_size,), generator=self.generator
-        )
+        pick = torch.randint(len(self.train), (self.config.batch_size,), generator=self.generator)
         return self.source(self.train[pick], self.generator)
 
     @torch.no_grad()
@@ -392,9 +408,7 @@ class _Fit:
             else:
                 sampler = SamplerConfig("langevin", self.config.steps, self.step_size)
                 eps = flatten(
-                    self.prior.run_chain(
-                        self.unflatten(eps), sampler, generator=self.generator
-                    )
+                    self.prior.run_chain(self.unflatten(eps), sampler, generator=self.generator)
                 )[0]
         if self.config.chains == "persistent":
             self.pool[self.picked] = eps
@@ -549,8 +563,15 @@ class _Fit:
         if self.pool is not None:
             tensors["pool"] = self.pool.clone()
         names = (
-            "phase", "iteration", "total", "lr_scale", "rollbacks", "best_loss", "since_best",
-            "step_size", "held_out_loss",
+            "phase",
+            "iteration",
+            "total",
+            "lr_scale",
+            "rollbacks",
+            "best_loss",
+            "since_best",
+            "step_size",
+            "held_out_loss",
         )
         return tensors, {name: getattr(self, name) for name in names}
 

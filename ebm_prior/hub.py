@@ -78,8 +78,12 @@ def save_pretrained(
 
 
 def from_pretrained(
-    cls: type[EnergyPrior], source: str | Path, *, backbone: Backbone,
-    check_backbone: bool = True, **hub_options: object,
+    cls: type[EnergyPrior],
+    source: str | Path,
+    *,
+    backbone: Backbone,
+    check_backbone: bool = True,
+    **hub_options: object,
 ) -> EnergyPrior:
     """See `EnergyPrior.from_pretrained`."""
     from ebm_prior.prior import SamplerConfig
@@ -90,7 +94,10 @@ def from_pretrained(
     heads, sampler = config["heads"], config["sampler"]
     check_size(folder / WEIGHTS, backbone, **{k: heads[k] for k in ("kind", "nef", "ndf")})
     prior = cls(
-        backbone, heads["kind"], heads["nef"], heads["ndf"],
+        backbone,
+        heads["kind"],
+        heads["nef"],
+        heads["ndf"],
         SamplerConfig(sampler["transition"], sampler["steps"], float(sampler["step_size"])),
     )
     load_weights(prior, folder / WEIGHTS)
@@ -116,9 +123,7 @@ def resolve(source: str | Path, **hub_options: object) -> Path:
     if revision:
         hub_options["revision"] = revision
     try:
-        folder = snapshot_download(
-            repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD], **hub_options
-        )
+        folder = snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD], **hub_options)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         line = str(error).strip().splitlines()[0]
         raise EbmPriorError(f"cannot fetch {source} from the Hub: {line}") from error
@@ -202,7 +207,8 @@ def load_weights(prior: EnergyPrior, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise EbmPriorError(f"{path} is not a readable safetensors file: {error}") from error
     wrong = [
-        k for k in sorted(state.keys() | expected.keys())
+        k
+        for k in sorted(state.keys() | expected.keys())
         if k not in state or k not in expected or state[k].shape != expected[k].shape
     ]
     if wrong:
@@ -221,7 +227,11 @@ def push_to_hub(prior: EnergyPrior, repo_id: str, **hub_options: object) -> str:
 
 
 def push_folder(
-    folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None,
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
     commit_message: str = "Upload energy heads",
 ) -> str:
     """Upload the known files of a folder of heads; returns the repository's URL."""
@@ -232,7 +242,9 @@ def push_folder(
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=url.repo_id, folder_path=str(folder), commit_message=commit_message,
+            repo_id=url.repo_id,
+            folder_path=str(folder),
+            commit_message=commit_message,
             allow_patterns=[WEIGHTS, CONFIG, CARD, "samples/*.png"],
         )
     except LocalTokenNotFoundError as error:

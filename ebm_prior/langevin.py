@@ -144,7 +144,10 @@ def pcnl_start(energy: Callable, eps: Tensor, unflatten: Callable) -> ChainState
 
 
 def pcnl_step(
-    energy: Callable, state: ChainState, unflatten: Callable, step_size: float,
+    energy: Callable,
+    state: ChainState,
+    unflatten: Callable,
+    step_size: float,
     generator: Generators = None,
 ) -> tuple[ChainState, Tensor, Tensor]:
     """One transition; costs one gradient.
@@ -155,9 +158,9 @@ def pcnl_step(
     """
     delta = step_size / 2
     noise = randn(state.eps, generator)
-    proposal = (
-        (2 - delta) * state.eps + 2 * delta * state.grad + (8 * delta) ** 0.5 * noise
-    ) / (2 + delta)
+    proposal = ((2 - delta) * state.eps + 2 * delta * state.grad + (8 * delta) ** 0.5 * noise) / (
+        2 + delta
+    )
     value, grad = value_and_grad(energy, proposal, unflatten)
     new = ChainState(proposal, value, -grad)
     log_ratio = _rho(state, new, delta) - _rho(new, state, delta)
@@ -245,7 +248,6 @@ def _draw(sampler: Callable, like: Tensor, generator: Generators) -> Tensor:
     if len(generator) != len(like):
         raise EbmPriorError(f"{len(generator)} generators for a batch of {len(like)}")
     rows = [
-        sampler(like.shape[1:], generator=g, dtype=like.dtype, device=g.device)
-        for g in generator
+        sampler(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator
     ]
     return torch.stack(rows).to(like.device)

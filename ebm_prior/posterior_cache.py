@@ -38,7 +38,7 @@ class PosteriorStream:
 
     @torch.no_grad()
     def latents(self, index: Tensor, generator: torch.Generator) -> Latents:
-        """z ~ q(z|x) for the images at `index` (B,)."""
+        """Z ~ q(z|x) for the images at `index` (B,)."""
         backbone = self.prior.backbone
         x = self.images[index].to(backbone.device, backbone.dtype) / 255
         if backbone.binarize:  # as the backbone was trained: x ~ Bernoulli(image)
@@ -66,7 +66,10 @@ class PosteriorCache:
     """
 
     def __init__(
-        self, stream: PosteriorStream, path: Path, seed: int,
+        self,
+        stream: PosteriorStream,
+        path: Path,
+        seed: int,
         on_chunk: Callable[[], None] = lambda: None,
     ) -> None:
         self.prior = stream.prior
@@ -138,7 +141,11 @@ def _reserve(path: Path, shape: tuple[int, int]) -> None:
 
 
 def posterior_source(
-    prior: EnergyPrior, images: Tensor, path: Path, seed: int, cache_gb: float,
+    prior: EnergyPrior,
+    images: Tensor,
+    path: Path,
+    seed: int,
+    cache_gb: float,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> PosteriorCache | PosteriorStream:
     """A cache if it fits into `cache_gb` GiB of disk, otherwise fresh draws per batch."""

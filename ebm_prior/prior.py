@@ -133,12 +133,12 @@ class EnergyPrior(nn.Module):
         return self.energies_of(inputs).sum(1)
 
     def log_density(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """log p(eps) = -E(T(eps)) - |eps|^2 / 2 + const (App. A.3): (B,), nats."""
+        """Log p(eps) = -E(T(eps)) - |eps|^2 / 2 + const (App. A.3): (B,), nats."""
         half_norm = sum(e.square().flatten(1).sum(1) for e in eps) / 2
         return -self.energy_of_noise(eps, temperature) - half_norm
 
     def noise(self, n: int, generator: Generators = None) -> Latents:
-        """eps ~ N(0, I) for n samples, one tensor per group."""
+        """Eps ~ N(0, I) for n samples, one tensor per group."""
         sizes = [group.numel for group in self.backbone.groups]
         like = torch.empty((n, sum(sizes)), device=self.backbone.device, dtype=self.backbone.dtype)
         parts = randn(like, generator).split(sizes, 1)
@@ -181,7 +181,10 @@ class EnergyPrior(nn.Module):
             self.sampler.step_size if step_size is None else step_size,
         )
         return self.run_chain(
-            self.noise(n, generator), config, temperature=temperature, generator=generator,
+            self.noise(n, generator),
+            config,
+            temperature=temperature,
+            generator=generator,
             callback=callback,
         )
 
@@ -201,8 +204,12 @@ class EnergyPrior(nn.Module):
         )
         with frozen(self.heads):
             return chain(
-                lambda e: function(e, temperature), eps, steps=config.steps,
-                step_size=config.step_size, generator=generator, callback=callback,
+                lambda e: function(e, temperature),
+                eps,
+                steps=config.steps,
+                step_size=config.step_size,
+                generator=generator,
+                callback=callback,
             )
 
     def sample(
@@ -220,9 +227,7 @@ class EnergyPrior(nn.Module):
         The decoder's mean is shown, so an image is a function of its latents alone.
         Arguments as in `sample_eps`.
         """
-        eps = self.sample_eps(
-            n, steps, step_size, temperature, generator, transition, callback
-        )
+        eps = self.sample_eps(n, steps, step_size, temperature, generator, transition, callback)
         return self.images(eps, temperature)
 
     @torch.no_grad()
@@ -243,7 +248,11 @@ class EnergyPrior(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, backbone: Backbone, check_backbone: bool = True,
+        cls,
+        source: str | Path,
+        *,
+        backbone: Backbone,
+        check_backbone: bool = True,
         **hub_options: object,
     ) -> EnergyPrior:
         """Load heads from a saved folder, a run folder or a Hub id (`name@revision`).

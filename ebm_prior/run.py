@@ -1,10 +1,10 @@
 """Run folders: what `fit` leaves behind and resumes from.
 
-    config.json         settings, backbone path and SHA-256, versions, seed, status, results
-    heads.safetensors   the heads to sample with, replaced atomically at every save
-    state/              what --resume needs (one safetensors file, replaced atomically)
-    log.jsonl, tb/      one line per logged iteration; the same as TensorBoard events
-    samples/*.png       sample grids
+config.json         settings, backbone path and SHA-256, versions, seed, status, results
+heads.safetensors   the heads to sample with, replaced atomically at every save
+state/              what --resume needs (one safetensors file, replaced atomically)
+log.jsonl, tb/      one line per logged iteration; the same as TensorBoard events
+samples/*.png       sample grids
 """
 
 from __future__ import annotations

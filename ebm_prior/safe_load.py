@@ -17,7 +17,7 @@ from ebm_prior.errors import EbmPriorError
 __all__ = ["load_torch_file", "sha256_of"]
 
 
-def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:  # noqa: ANN401
+def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     """`torch.load` on the CPU with `weights_only=True` and an explicit allow-list.
 
     Args:
@@ -53,8 +53,18 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:  # n
         ) from error
     except PermissionError as error:
         raise EbmPriorError(f"{path} cannot be read: permission denied") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError,
-            IndexError, OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+        zipfile.BadZipFile,
+        UnicodeDecodeError,
+    ) as error:
         raise EbmPriorError(
             f"{path} is not a readable PyTorch checkpoint (truncated or of another kind)"
         ) from error

@@ -1,8 +1,8 @@
 """Laws that every backbone adapter must obey, as functions any test suite can call.
 
-    from ebm_prior.testing import check_backbone
-    def test_my_backbone():
-        check_backbone(MyBackbone(...))
+Call it from a test, with a backbone of any weights:
+
+    check_backbone(MyBackbone(...))
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ def has_gaussian_prior(backbone: Backbone, tolerance: float) -> None:
             for v in (1.0, 0.0)
         )
         sigma = one - zero
-        expected = (-0.5 * e.square() - sigma.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+        expected = (
+            (-0.5 * e.square() - sigma.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+        )
         close(post.log_p[:, i], expected, 10 * tolerance, f"log_p of group {i}")
 
 

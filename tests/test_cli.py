@@ -12,8 +12,22 @@ from PIL import Image
 from backbones.toy import ToyBackbone
 from ebm_prior.cli import main
 
-QUICK = ["--nce-iterations", "40", "--mle-iterations", "10", "--batch-size", "16", "--nef", "4",
-         "--ndf", "8", "--sample-steps", "5", "--heads", "both"]
+QUICK = [
+    "--nce-iterations",
+    "40",
+    "--mle-iterations",
+    "10",
+    "--batch-size",
+    "16",
+    "--nef",
+    "4",
+    "--ndf",
+    "8",
+    "--sample-steps",
+    "5",
+    "--heads",
+    "both",
+]
 
 
 def run(*args, code=0):
@@ -63,8 +77,19 @@ def test_fit_names_its_run_folder(world):
 
 
 def test_fit_prints_json(tmp_path):
-    out = run("fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz", *QUICK,
-              "--out", tmp_path / "run", "--json")
+    out = run(
+        "fit",
+        "--backbone",
+        "toy",
+        "--ckpt",
+        "toy.json",
+        "--data",
+        "x.npz",
+        *QUICK,
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
     assert json.loads(out)["iterations"] == 50
 
 
@@ -82,8 +107,11 @@ def test_sample_output_forms_hold_the_same_pixels(tmp_path, suffix):
         images = list(np.load(out)["images"][..., 0])
     elif suffix == ".zip":
         with zipfile.ZipFile(out) as archive:
-            images = [np.array(Image.open(archive.open(n)))
-                      for n in sorted(archive.namelist()) if n.endswith(".png")]
+            images = [
+                np.array(Image.open(archive.open(n)))
+                for n in sorted(archive.namelist())
+                if n.endswith(".png")
+            ]
     else:
         images = [np.array(Image.open(p)) for p in sorted(out.glob("*.png"))]
     assert len(images) == 4
@@ -103,8 +131,18 @@ def test_an_image_depends_on_its_seed_only(tmp_path):
 
 
 def test_compare_and_trajectory(tmp_path):
-    run("sample", "--steps", 4, "-n", 6, "--compare", "--out", tmp_path / "c.png",
-        "--trajectory", tmp_path / "t.png")
+    run(
+        "sample",
+        "--steps",
+        4,
+        "-n",
+        6,
+        "--compare",
+        "--out",
+        tmp_path / "c.png",
+        "--trajectory",
+        tmp_path / "t.png",
+    )
     assert Image.open(tmp_path / "c.png").size[1] > 20
     assert Image.open(tmp_path / "t.png").size[1] > 20
     run("sample", "--steps", 4, "-n", 6, "--compare", "--out", tmp_path / "c.npz")
@@ -122,8 +160,18 @@ def test_evaluate_prints_a_table_and_json():
 
 def test_resume_by_flag_or_folder(tmp_path):
     folder = tmp_path / "run"
-    run("fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz", *QUICK, "--out",
-        folder)
+    run(
+        "fit",
+        "--backbone",
+        "toy",
+        "--ckpt",
+        "toy.json",
+        "--data",
+        "x.npz",
+        *QUICK,
+        "--out",
+        folder,
+    )
     assert "nothing to resume" in run("fit", "--resume", folder, code=1)
     config = json.loads((folder / "config.json").read_text())
     weights = (folder / "heads.safetensors").read_bytes()
@@ -178,15 +226,28 @@ def test_another_backbone_is_refused(tmp_path):
     (tmp_path / "other.json").write_text('{"top": 2, "bottom": 3, "size": 8, "seed": 1}')
     line = run("sample", "--ckpt", tmp_path / "other.json", code=1)
     assert "SHA-256" in line and "--any-backbone" in line
-    run("sample", "--ckpt", tmp_path / "other.json", "--any-backbone", "--steps", 1, "-n", 1,
-        "--out", tmp_path / "x.png")
+    run(
+        "sample",
+        "--ckpt",
+        tmp_path / "other.json",
+        "--any-backbone",
+        "--steps",
+        1,
+        "-n",
+        1,
+        "--out",
+        tmp_path / "x.png",
+    )
     (tmp_path / "wide.json").write_text('{"top": 4, "bottom": 3, "size": 8}')
     assert "its groups are 2 3" in run("sample", "--ckpt", tmp_path / "wide.json", code=1)
 
 
 def test_wrong_image_sizes_are_refused_or_resized(tmp_path):
-    np.savez(tmp_path / "big.npz", x_train=np.zeros((30, 9, 9), np.uint8),
-             x_test=np.zeros((3, 9, 9), np.uint8))
+    np.savez(
+        tmp_path / "big.npz",
+        x_train=np.zeros((30, 9, 9), np.uint8),
+        x_test=np.zeros((3, 9, 9), np.uint8),
+    )
     args = [*FIT[:5], "--data", tmp_path / "big.npz", *QUICK, "--out", tmp_path / "run"]
     assert "--resize" in run(*args, code=1)
     assert not (tmp_path / "run").exists()

@@ -17,8 +17,13 @@ from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.run import RunFolder, newest_run
 
 QUICK = dict(
-    nce_iterations=60, mle_iterations=20, batch_size=32, save_every=10, judge_every=20,
-    sample_every=0, cache_gb=0.1,
+    nce_iterations=60,
+    mle_iterations=20,
+    batch_size=32,
+    save_every=10,
+    judge_every=20,
+    sample_every=0,
+    cache_gb=0.1,
 )
 
 
@@ -72,8 +77,14 @@ def test_nce_finds_the_density_ratio(tmp_path):
     """At the optimum -E is log q/p, so the tilted prior has the posterior's spread."""
     toy = ToyBackbone(sigma=0.02).freeze()
     prior = new_prior(toy, "both")
-    config = FitConfig(objective="nce", nce_iterations=1500, nce_lr=5e-3, batch_size=128,
-                       sample_every=0, patience=100)
+    config = FitConfig(
+        objective="nce",
+        nce_iterations=1500,
+        nce_lr=5e-3,
+        batch_size=128,
+        sample_every=0,
+        patience=100,
+    )
     images = mismatched_images(toy, 4000)
     result = fit(prior, images, config, run_dir=tmp_path / "run")
     assert result.held_out_loss < 1.25  # chance: 1.386
@@ -90,8 +101,15 @@ def test_nce_finds_the_density_ratio(tmp_path):
 def test_mle_moves_the_prior_towards_the_posterior(tmp_path, transition, chains):
     toy = ToyBackbone(sigma=0.02).freeze()
     prior = new_prior(toy, "both", transition, 0.2)
-    config = FitConfig(objective="mle", mle_iterations=300, mle_lr=5e-3, batch_size=64, steps=8,
-                       chains=chains, sample_every=0)
+    config = FitConfig(
+        objective="mle",
+        mle_iterations=300,
+        mle_lr=5e-3,
+        batch_size=64,
+        steps=8,
+        chains=chains,
+        sample_every=0,
+    )
     result = fit(prior, mismatched_images(toy, 1000), config, run_dir=tmp_path / "run")
     eps = prior.sample_eps(1000, steps=80, generator=torch.Generator().manual_seed(1))
     assert torch.cat([e.flatten() for e in eps]).std().item() < 0.8
@@ -109,8 +127,10 @@ def test_run_folder_holds_what_it_should(toy, tmp_path):
     assert training["status"] == "finished" and training["note"] == 1
     assert FitConfig.from_dict(training["fit"]) == config
     assert stored["backbone"]["sha256"] == toy.sha256
-    assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {"000040.png",
-                                                                         "000080.png"}
+    assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {
+        "000040.png",
+        "000080.png",
+    }
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     last = [r for r in log if "loss" in r][-1]
     assert last["iteration"] == 80 and set(last["energy_posterior"]) == set(prior.head_names)
@@ -260,11 +280,19 @@ def test_unknown_settings_are_named():
 
 def test_wrong_images_and_folders_are_refused(toy, tmp_path):
     with pytest.raises(EbmPriorError, match="images are"):
-        fit(new_prior(toy), torch.zeros(20, 3, 4, 4, dtype=torch.uint8), FitConfig(),
-            run_dir=tmp_path / "run")
+        fit(
+            new_prior(toy),
+            torch.zeros(20, 3, 4, 4, dtype=torch.uint8),
+            FitConfig(),
+            run_dir=tmp_path / "run",
+        )
     with pytest.raises(EbmPriorError, match="too few"):
-        fit(new_prior(toy), torch.zeros(2, 1, 4, 4, dtype=torch.uint8), FitConfig(),
-            run_dir=tmp_path / "run")
+        fit(
+            new_prior(toy),
+            torch.zeros(2, 1, 4, 4, dtype=torch.uint8),
+            FitConfig(),
+            run_dir=tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
@@ -286,9 +314,22 @@ def test_kill_at_ten_random_moments_and_resume(tmp_path):
     images = mismatched_images(ToyBackbone(), 3000).squeeze(1).numpy()
     np.savez(tmp_path / "x.npz", x_train=images, x_test=images[:100])
     command = [sys.executable, "-m", "ebm_prior", "fit"]
-    first = ["--backbone", "toy", "--ckpt", str(tmp_path / "toy.json"), "--data",
-             str(tmp_path / "x.npz"), "--heads", "both", "--nce-iterations", "600",
-             "--mle-iterations", "200", "--save-every", "20"]
+    first = [
+        "--backbone",
+        "toy",
+        "--ckpt",
+        str(tmp_path / "toy.json"),
+        "--data",
+        str(tmp_path / "x.npz"),
+        "--heads",
+        "both",
+        "--nce-iterations",
+        "600",
+        "--mle-iterations",
+        "200",
+        "--save-every",
+        "20",
+    ]
     whole = tmp_path / "whole"
     began = time.monotonic()
     subprocess.run([*command, *first, "--out", str(whole)], check=True, capture_output=True)
@@ -297,12 +338,18 @@ def test_kill_at_ten_random_moments_and_resume(tmp_path):
     moments = torch.rand(10, generator=torch.Generator().manual_seed(0)) * length * 0.9
     for i, moment in enumerate(moments.tolist()):
         run = tmp_path / f"run{i}"
-        process = subprocess.Popen([*command, *first, "--out", str(run)],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, *first, "--out", str(run)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(moment)
         process.kill()
         process.wait()
-        again = ["--resume", str(run)] if (run / "config.json").exists() else [
-            *first, "--out", str(run)]
+        again = (
+            ["--resume", str(run)]
+            if (run / "config.json").exists()
+            else [*first, "--out", str(run)]
+        )
         subprocess.run([*command, *again], check=True, capture_output=True)
         assert (run / "heads.safetensors").read_bytes() == expected, f"killed after {moment:.1f} s"

@@ -4,8 +4,19 @@ from torch import nn
 
 from ebm_prior.heads import EnergyHead
 
-SHAPES = [(3, 1, 1), (3, 3, 3), (2, 4, 4), (5, 7, 7), (2, 8, 8), (2, 14, 14), (20, 16, 16),
-          (4, 28, 28), (3, 5, 9), (1,), (100,)]
+SHAPES = [
+    (3, 1, 1),
+    (3, 3, 3),
+    (2, 4, 4),
+    (5, 7, 7),
+    (2, 8, 8),
+    (2, 14, 14),
+    (20, 16, 16),
+    (4, 28, 28),
+    (3, 5, 9),
+    (1,),
+    (100,),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -23,8 +34,9 @@ def test_layers_are_those_of_table_12(size, convolutions):
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
     assert len(convs) == convolutions
-    assert all(c.kernel_size == (4, 4) and c.stride == (2, 2) and c.out_channels == 64
-               for c in convs)
+    assert all(
+        c.kernel_size == (4, 4) and c.stride == (2, 2) and c.out_channels == 64 for c in convs
+    )
     assert [m.out_features for m in linears] == [200] * convolutions + [1]
     assert linears[0].in_features == 4 * 4 * 64
 

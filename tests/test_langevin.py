@@ -26,8 +26,9 @@ def start(n, seed=0):
 
 def test_langevin_step_is_equation_12():
     eps, _ = start(5)
-    (new) = langevin(log_density, eps, steps=1, step_size=0.2,
-                     generator=torch.Generator().manual_seed(7))
+    (new) = langevin(
+        log_density, eps, steps=1, step_size=0.2, generator=torch.Generator().manual_seed(7)
+    )
     flat = flatten(eps)[0]
     noise = randn(flat, torch.Generator().manual_seed(7))
     expected = flat + 0.1 * (-(1 + KAPPA) * flat - SHIFT) + math.sqrt(0.2) * noise
@@ -37,8 +38,9 @@ def test_langevin_step_is_equation_12():
 def test_noise_scale_zero_is_gradient_ascent():
     eps, _ = start(3)
     new = langevin(log_density, eps, steps=200, step_size=0.1, noise_scale=0.0)
-    torch.testing.assert_close(flatten(new)[0], torch.full((3, 6), -SHIFT / (1 + KAPPA),
-                                                           dtype=torch.float64))
+    torch.testing.assert_close(
+        flatten(new)[0], torch.full((3, 6), -SHIFT / (1 + KAPPA), dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("step_size", [0.05, 0.4, 1.0])
@@ -76,8 +78,14 @@ def test_pcnl_without_energy_accepts_everything_and_keeps_the_prior():
     eps, g = start(4_000)
     infos = []
     flat = flatten(
-        pcnl(lambda e: 0 * energy(e), eps, steps=5, step_size=1.0, generator=g,
-             callback=infos.append)
+        pcnl(
+            lambda e: 0 * energy(e),
+            eps,
+            steps=5,
+            step_size=1.0,
+            generator=g,
+            callback=infos.append,
+        )
     )[0]
     assert all(info.accepted.all() for info in infos)
     assert [info.step for info in infos] == [1, 2, 3, 4, 5]
@@ -115,8 +123,11 @@ def test_pcnl_acceptance_ratio_is_metropolis_hastings():
 def test_pcnl_agrees_with_langevin_for_small_steps():
     eps, _ = start(4)
     new = [
-        flatten(chain(function, eps, steps=1, step_size=1e-6,
-                      generator=torch.Generator().manual_seed(3)))[0]
+        flatten(
+            chain(
+                function, eps, steps=1, step_size=1e-6, generator=torch.Generator().manual_seed(3)
+            )
+        )[0]
         for chain, function in ((langevin, log_density), (pcnl, energy))
     ]
     torch.testing.assert_close(new[0], new[1], rtol=0, atol=1e-8)
@@ -124,8 +135,13 @@ def test_pcnl_agrees_with_langevin_for_small_steps():
 
 def test_pcnl_rejects_non_finite_proposals():
     eps, g = start(50)
-    wall = pcnl(lambda e: torch.where(e[0][:, 0] > 0, math.nan, 1.0) * energy(e), eps, steps=20,
-                step_size=0.5, generator=g)
+    wall = pcnl(
+        lambda e: torch.where(e[0][:, 0] > 0, math.nan, 1.0) * energy(e),
+        eps,
+        steps=20,
+        step_size=0.5,
+        generator=g,
+    )
     assert flatten(wall)[0].isfinite().all()
 
 
@@ -135,8 +151,9 @@ def test_chains_depend_on_their_own_generator_only(chain, function):
 
     def run(rows):
         generators = [torch.Generator().manual_seed(100 + i) for i in rows]
-        out = chain(function, tuple(e[rows] for e in eps), steps=5, step_size=0.3,
-                    generator=generators)
+        out = chain(
+            function, tuple(e[rows] for e in eps), steps=5, step_size=0.3, generator=generators
+        )
         return flatten(out)[0]
 
     torch.testing.assert_close(run([0, 1, 2, 3])[[2, 0]], run([2, 0]), rtol=0, atol=0)
@@ -151,8 +168,13 @@ def test_input_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(steps=0, step_size=0.1), dict(steps=1, step_size=-1.0),
-                 dict(steps=1, step_size=0.0), dict(steps=1, step_size=math.nan)]
+    "settings",
+    [
+        dict(steps=0, step_size=0.1),
+        dict(steps=1, step_size=-1.0),
+        dict(steps=1, step_size=0.0),
+        dict(steps=1, step_size=math.nan),
+    ],
 )
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(EbmPriorError, match="step"):

@@ -58,9 +58,7 @@ def test_toy_posterior_is_exact(toy):
     evidence = []
     for seed in (0, 1):
         post = toy.posterior(x, generator=torch.Generator().manual_seed(seed))
-        evidence.append(
-            toy.decode(post.z).log_prob(x) + post.log_p.sum(1) - post.log_q.sum(1)
-        )
+        evidence.append(toy.decode(post.z).log_prob(x) + post.log_p.sum(1) - post.log_q.sum(1))
     torch.testing.assert_close(*evidence)
 
 
@@ -89,8 +87,9 @@ def test_quadratic_heads_are_sampled_from_their_known_gaussian(toy, transition):
     step = 0.15 if transition == "pcnl" else 0.02  # small enough that Langevin's bias is < noise
     steps = 150 if transition == "pcnl" else 400
     n = 4000
-    eps = prior.sample_eps(n, steps, step, generator=torch.Generator().manual_seed(0),
-                           transition=transition)
+    eps = prior.sample_eps(
+        n, steps, step, generator=torch.Generator().manual_seed(0), transition=transition
+    )
     z = torch.cat(toy.transform(eps), 1)
     mean, covariance = gaussian_of_quadratic_heads(toy)
     sd = covariance.diagonal().sqrt()
@@ -121,8 +120,11 @@ def test_saved_heads_come_back_exactly(toy, tmp_path):
         toy, heads="both", nef=4, ndf=6, sampler=SamplerConfig("langevin", 7, 0.05)
     )
     prior.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"heads.safetensors", "config.json",
-                                                    "README.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "heads.safetensors",
+        "config.json",
+        "README.md",
+    }
     again = EnergyPrior.from_pretrained(tmp_path, backbone=toy)
     z = toy.transform(prior.noise(3))
     assert torch.equal(prior.energies(z), again.energies(z))
