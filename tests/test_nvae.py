@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import os
 import pickle
 import shutil
@@ -21,15 +22,19 @@ from backbones.nvae.checkpoint import (
     groups_per_scale,
     image_format,
     network_config,
+    read_checkpoint,
 )
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce_bits
 from backbones.nvae.network import Network
+from backbones.nvae.pretrain import elbo
 from benchmarks.nvae_parity import errors
 from ebm_prior import EbmPriorError
+from ebm_prior.data import load_images
 from ebm_prior.testing import check_backbone
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nvae"
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
+SHIPPED = sorted((Path(__file__).parents[1] / "checkpoints").glob("nvae_*/card.json"))
 EXTRA = os.environ.get("EBM_PRIOR_FIXTURES")
 
 SMALL = {
@@ -98,6 +103,22 @@ def test_unfolded_form_agrees_too(monkeypatch):
     monkeypatch.setattr(Network, "folded", lambda self: self)
     ratios = errors(FIXTURES / "legacy")
     assert max(ratios.values()) <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writes_the_keys_that_the_public_code_writes(name):
+    path = FIXTURES / name / "checkpoint.pt"
+    checkpoint = read_checkpoint(path)
+    written = checkpoint_dict(checkpoint.network, checkpoint.args, epoch=1, global_step=1)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        public = torch.load(path, map_location="cpu", weights_only=True)
+    assert written.keys() == public.keys()
+    assert written["arch_instance"] == public["arch_instance"]
+    ours, theirs = written["state_dict"], public["state_dict"]
+    if name == "legacy":  # from before the aliases
+        ours = {k: v for k, v in ours.items() if not k.endswith(".weight_normalized")}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 # --- the folded form -------------------------------------------------------------------
@@ -262,6 +283,21 @@ def test_log_p_adds_up_to_the_change_of_variables(tmp_path):
     for i, (_, sigma) in enumerate(backbone.prior_parameters(posterior.z)):
         normal = torch.distributions.Normal(0.0, 1.0).log_prob(eps[i]) - sigma.log()
         torch.testing.assert_close(normal.flatten(1).sum(1), posterior.log_p[:, i])
+
+
+# --- shipped checkpoints ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", SHIPPED, ids=lambda p: p.parent.name)
+def test_shipped_checkpoints_are_what_their_cards_say(card):
+    facts = json.loads(card.read_text())
+    backbone = ebm_prior.load_backbone("nvae", card.parent / "checkpoint.pt")
+    assert backbone.sha256 == facts["sha256"]
+    assert sum(p.numel() for p in backbone.parameters()) == facts["parameters"]
+    assert (card.parent / "checkpoint.pt").stat().st_size < 4e6
+    if backbone.dataset == "digits":
+        images = load_images("digits", split="test").images
+        assert abs(elbo(backbone, images).mean() - facts["metrics"]["test_elbo_nats"]) < 1
 
 
 # --- batch-norm statistics ------------------------------------------------------------

@@ -242,7 +242,8 @@ class ActivationConv(nn.Module):
     """[batch norm], activation, [nearest x2], 3x3 convolution.
 
     `kind` is "swish" (batch norm and swish), "bnelu" or "elu"; `dilation` 2 is the
-    operation that the public code calls res_bnswish5.
+    operation that the public code calls res_bnswish5. The public code initializes "elu"
+    layers from the first batch it sees, even after loading; here they stay as saved.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, kind: str, dilation: int = 1) -> None:
