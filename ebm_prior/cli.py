@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from ebm_prior._version import __version__
+from ebm_prior.cpu import keep_freed_memory
 from ebm_prior.errors import EbmPriorError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Cli(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
+        keep_freed_memory()
         debug = "--debug" in (sys.argv if args is None else args)
         try:
             code = super().main(args, standalone_mode=False, **extra)
@@ -212,7 +214,9 @@ def readjust(backbone: Any, temperature: float, wanted: bool) -> None:
         return
     if not hasattr(backbone, "readjust_batchnorm"):
         raise click.UsageError(f"--readjust-bn: {backbone.name} has no batch-norm statistics")
-    backbone.readjust_batchnorm(temperature)
+    import torch
+
+    backbone.readjust_batchnorm(temperature, generator=torch.Generator().manual_seed(0))
 
 
 # -- fit ----------------------------------------------------------------------------------
@@ -234,9 +238,10 @@ def fit_settings(command: Callable) -> Callable:
         "ema": (click.FloatRange(0, 1, max_open=True), "Decay of the averaged heads."),
         "regularizer": (click.FloatRange(min=0), "Weight of the squared energies."),
         "chains": (click.Choice(["persistent", "fresh"]), "Where mle chains start."),
-        "pool": (click.IntRange(min=0), "Persistent chains; 0: eight batches."),
+        "pool": (click.IntRange(min=0), "Persistent chains; 0: two batches."),
         "steps": (positive, "Transitions per mle iteration (K)."),
         "acceptance": (click.FloatRange(0, 1, max_open=True), "Target of the step-size tuning."),
+        "draws": (click.IntRange(min=0), "Posterior samples per image; 0: by their number."),
         "cache_gb": (click.FloatRange(min=0), "Largest posterior cache on disk, GiB."),
         "save_every": (positive, "Iterations between saves."),
         "log_every": (positive, "Iterations between log lines."),
@@ -520,7 +525,7 @@ def sample(
             ("Gaussian prior", torch.cat(before)),
             (f"energy prior, {config.steps} steps", torch.cat(after)),
         ]
-        save_png(path, labelled_rows(rows))
+        save_png(path, labelled_rows(rows, columns=min(len(seed_list), 16)))
     if strip is not None:
         save_png(Path(trajectory), strip.picture())
         click.echo(f"transition strip -> {trajectory}")

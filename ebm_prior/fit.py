@@ -35,6 +35,7 @@ __all__ = ["DivergenceError", "FitConfig", "FitResult", "Interrupted", "fit"]
 
 OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
 POOL_BATCHES = 8
+MIN_ROWS = 20_000  # posterior samples, all draws of all images together
 MAX_STEP_SIZE = 1.9  # beyond, the Crank-Nicolson proposal forgets its start and turns over
 
 
@@ -65,10 +66,11 @@ class FitConfig:
         ema: Decay of the averaged heads, which are the ones kept.
         regularizer: Weight of the squared energies in the loss.
         chains: `persistent` or `fresh`, how `mle` starts its chains.
-        pool: Persistent chains; 0 means eight batches.
+        pool: Persistent chains; 0 means two batches.
         refresh: Share of chains restarted from N(0, I) at every use.
         steps: Transitions per `mle` iteration.
         acceptance: Target of the step-size tuning (`pcnl` only).
+        draws: Posterior samples per image; 0 means one, or more where images are few.
         held_out: Share of images kept aside to judge the `nce` phase.
         patience: `nce` stops after this many judgements without improvement.
         judge_every: Iterations between judgements.
@@ -82,11 +84,11 @@ class FitConfig:
         seed: Seed of everything random.
     """
 
-    objective: str = "nce+mle"
-    nce_iterations: int = 3000
-    mle_iterations: int = 300
+    objective: str = "nce"
+    nce_iterations: int = 8000
+    mle_iterations: int = 1000
     batch_size: int = 128
-    nce_lr: float = 1e-3
+    nce_lr: float = 2e-3
     mle_lr: float = 1e-4
     reuse: int = 4
     warmup: int = 100
@@ -99,15 +101,16 @@ class FitConfig:
     refresh: float = 0.02
     steps: int = 2
     acceptance: float = 0.7
+    draws: int = 0
     held_out: float = 0.05
-    patience: int = 10
+    patience: int = 20
     judge_every: int = 50
     energy_limit: float = 1e4
     rollbacks: int = 3
     cache_gb: float = 8.0
     save_every: int = 100
     log_every: int = 10
-    sample_every: int = 1000
+    sample_every: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -264,11 +267,16 @@ class _Fit:
         order = torch.randperm(
             len(images), generator=torch.Generator().manual_seed(self.config.seed)
         )
+        # Few images get several posterior draws each, or the heads learn them by heart.
+        draws = self.config.draws or math.ceil(MIN_ROWS / len(images))
         held_out = int(len(images) * self.config.held_out)
-        self.held_out, self.train = order[:held_out], order[held_out:]
+        shift = len(images) * torch.arange(draws)[:, None]
+        self.held_out = (order[:held_out] + shift).flatten()
+        self.train = (order[held_out:] + shift).flatten()
         source = posterior_source(
             self.prior,
             images,
+            draws,
             self.run.path / "state" / "posterior.npy",
             self.config.seed,
             self.config.cache_gb,
@@ -395,21 +403,8 @@ class _Fit:
     def mle_iteration(self) -> dict:
         """Posterior samples against samples of the tilted prior (Eq. 10/17)."""
         positives = self.positives()
-        eps = self.chain_starts()
-        rates = []
         with frozen(self.prior.heads):
-            if self.prior.sampler.transition == "pcnl":
-                energy = self.prior.energy_of_noise
-                state = pcnl_start(energy, eps, self.unflatten)
-                for _ in range(self.config.steps):
-                    state, rate = self.tuned_step(energy, state)
-                    rates.append(rate)
-                eps = state.eps
-            else:
-                sampler = SamplerConfig("langevin", self.config.steps, self.step_size)
-                eps = flatten(
-                    self.prior.run_chain(self.unflatten(eps), sampler, generator=self.generator)
-                )[0]
+            eps, rates = self.transitions(self.chain_starts(), self.config.steps)
         if self.config.chains == "persistent":
             self.pool[self.picked] = eps
         step = self.update(contrastive_loss, positives, self.inputs_of(self.unflatten(eps)))
@@ -424,13 +419,38 @@ class _Fit:
         if self.config.chains == "fresh":
             return flatten(self.prior.noise(n, self.generator))[0]
         if self.pool is None:
-            size = max(self.config.pool or POOL_BATCHES * n, n)
-            self.pool = flatten(self.prior.noise(size, self.generator))[0]
+            self.pool = self.burnt_in_pool(max(self.config.pool or 2 * n, n))
         self.picked = torch.randperm(len(self.pool), generator=self.generator)[:n]
         eps = self.pool[self.picked]
         restart = torch.rand(n, generator=self.generator) < self.config.refresh
         fresh = flatten(self.prior.noise(n, self.generator))[0]
         return torch.where(restart.to(eps.device)[:, None], fresh, eps)
+
+    def burnt_in_pool(self, size: int) -> Tensor:
+        """Persistent chains, each run from N(0, I) for as long as sampling will run it.
+
+        Chains that are still on their way from the Gaussian prior would teach the heads to
+        tilt further than they should.
+        """
+        chains = []
+        with frozen(self.prior.heads):
+            for _ in range(0, size, self.config.batch_size):
+                eps = flatten(self.prior.noise(self.config.batch_size, self.generator))[0]
+                chains.append(self.transitions(eps, self.prior.sampler.steps)[0])
+        return torch.cat(chains)[:size]
+
+    def transitions(self, eps: Tensor, steps: int) -> tuple[Tensor, list[float]]:
+        """Move chains (B, D) by the sampler's transition; also the acceptance rates."""
+        if self.prior.sampler.transition == "langevin":
+            sampler = SamplerConfig("langevin", steps, self.step_size)
+            moved = self.prior.run_chain(self.unflatten(eps), sampler, generator=self.generator)
+            return flatten(moved)[0], []
+        energy, rates = self.prior.energy_of_noise, []
+        state = pcnl_start(energy, eps, self.unflatten)
+        for _ in range(steps):
+            state, rate = self.tuned_step(energy, state)
+            rates.append(rate)
+        return state.eps, rates
 
     def tuned_step(self, energy: Callable, state: ChainState) -> tuple[ChainState, float]:
         """One Metropolis step; its acceptance rate moves the step size."""

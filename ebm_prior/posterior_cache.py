@@ -1,4 +1,4 @@
-"""Posterior samples, drawn once: what the heads read of z ~ q(z|x), one row per image."""
+"""Posterior samples, drawn once: what the heads read of z ~ q(z|x), row by row."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ class PosteriorStream:
     Args:
         prior: Supplies backbone and head inputs.
         images: uint8, (N, C, H, W).
+        draws: Samples per image: row i belongs to image i modulo N.
     """
 
-    def __init__(self, prior: EnergyPrior, images: Tensor) -> None:
-        self.prior, self.images = prior, images
+    def __init__(self, prior: EnergyPrior, images: Tensor, draws: int = 1) -> None:
+        self.prior, self.images, self.draws = prior, images, draws
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) * self.draws
 
     @torch.no_grad()
     def latents(self, index: Tensor, generator: torch.Generator) -> Latents:
         """Z ~ q(z|x) for the images at `index` (B,)."""
         backbone = self.prior.backbone
-        x = self.images[index].to(backbone.device, backbone.dtype) / 255
+        x = self.images[index % len(self.images)].to(backbone.device, backbone.dtype) / 255
         if backbone.binarize:  # as the backbone was trained: x ~ Bernoulli(image)
             uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype)
             x = (uniform.to(x.device) < x).to(x.dtype)
@@ -49,12 +50,12 @@ class PosteriorStream:
 
     @torch.no_grad()
     def __call__(self, index: Tensor, generator: torch.Generator) -> Latents:
-        """Head inputs of the images at `index` (B,)."""
+        """Head inputs of the rows at `index` (B,)."""
         return self.prior.head_inputs(self.latents(index, generator))
 
 
 class PosteriorCache:
-    """Head inputs of every image as one memory-mapped float32 array on disk.
+    """Head inputs of every row as one memory-mapped float32 array on disk.
 
     An interrupted encoding goes on where it stopped: chunk i depends on the seed and i only.
 
@@ -87,7 +88,9 @@ class PosteriorCache:
         chunks = range(done, len(stream), ENCODE_BATCH)
         if chunks:
             size = self.rows.nbytes / 2**20
-            bar = tqdm(chunks, f"encoding {len(stream)} images ({size:.0f} MiB)", disable=None)
+            bar = tqdm(
+                chunks, f"encoding {len(stream.images)} images ({size:.0f} MiB)", disable=None
+            )
             for start in bar:
                 index = torch.arange(start, min(start + ENCODE_BATCH, len(stream)))
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
@@ -103,7 +106,7 @@ class PosteriorCache:
         return len(self.rows)
 
     def __call__(self, index: Tensor, generator: torch.Generator | None = None) -> Latents:
-        """Head inputs of the images at `index` (B,)."""
+        """Head inputs of the rows at `index` (B,)."""
         backbone = self.prior.backbone
         flat = torch.from_numpy(self.rows[index.numpy()]).to(backbone.device, backbone.dtype)
         return split_inputs(flat, self.prior)
@@ -143,13 +146,14 @@ def _reserve(path: Path, shape: tuple[int, int]) -> None:
 def posterior_source(
     prior: EnergyPrior,
     images: Tensor,
+    draws: int,
     path: Path,
     seed: int,
     cache_gb: float,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> PosteriorCache | PosteriorStream:
     """A cache if it fits into `cache_gb` GiB of disk, otherwise fresh draws per batch."""
-    stream = PosteriorStream(prior, images)
-    if len(images) * row_size(prior) * 4 > cache_gb * 2**30:
+    stream = PosteriorStream(prior, images, draws)
+    if len(stream) * row_size(prior) * 4 > cache_gb * 2**30:
         return stream
     return PosteriorCache(stream, path, seed, on_chunk)

@@ -13,6 +13,8 @@ from backbones.toy import ToyBackbone
 from ebm_prior.cli import main
 
 QUICK = [
+    "--objective",
+    "nce+mle",
     "--nce-iterations",
     "40",
     "--mle-iterations",

@@ -17,6 +17,7 @@ from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.run import RunFolder, newest_run
 
 QUICK = dict(
+    objective="nce+mle",
     nce_iterations=60,
     mle_iterations=20,
     batch_size=32,
@@ -323,6 +324,8 @@ def test_kill_at_ten_random_moments_and_resume(tmp_path):
         str(tmp_path / "x.npz"),
         "--heads",
         "both",
+        "--objective",
+        "nce+mle",
         "--nce-iterations",
         "600",
         "--mle-iterations",
