@@ -145,6 +145,11 @@ class Backbone(nn.Module, abc.ABC):
         z = self.transform(eps, temperature)
         return z, self.features(z)
 
+    def encode(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Latents, Tensor]:
+        """`posterior(x, noise).z` and `features` together; override as `top_down`."""
+        z = self.posterior(x, noise=noise).z
+        return z, self.features(z)
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: a backbone is frozen, whatever contains it is doing."""
         return super().train(False)

@@ -39,19 +39,27 @@ class PosteriorStream:
 
     @torch.no_grad()
     def latents(self, index: Tensor, generator: torch.Generator) -> Latents:
-        """Z ~ q(z|x) for the images at `index` (B,)."""
-        backbone = self.prior.backbone
-        x = self.images[index % len(self.images)].to(backbone.device, backbone.dtype) / 255
-        if backbone.binarize:  # as the backbone was trained: x ~ Bernoulli(image)
-            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype)
-            x = (uniform.to(x.device) < x).to(x.dtype)
-        noise = self.prior.noise(len(x), generator)
-        return backbone.posterior(x, noise=noise).z
+        """Latents z ~ q(z|x) of the rows at `index` (B,)."""
+        x = self.pictures(index, generator)
+        return self.prior.backbone.posterior(x, noise=self.prior.noise(len(x), generator)).z
 
     @torch.no_grad()
     def __call__(self, index: Tensor, generator: torch.Generator) -> Latents:
         """Head inputs of the rows at `index` (B,)."""
-        return self.prior.head_inputs(self.latents(index, generator))
+        if not self.prior.reads_features:
+            return self.prior.head_inputs(self.latents(index, generator))
+        x = self.pictures(index, generator)
+        noise = self.prior.noise(len(x), generator)
+        return self.prior.head_inputs(*self.prior.backbone.encode(x, noise))
+
+    def pictures(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Images of the rows at `index` as the backbone was trained on them."""
+        backbone = self.prior.backbone
+        x = self.images[index % len(self.images)].to(backbone.device, backbone.dtype) / 255
+        if backbone.binarize:  # x ~ Bernoulli(image)
+            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype)
+            x = (uniform.to(x.device) < x).to(x.dtype)
+        return x
 
 
 class PosteriorCache:

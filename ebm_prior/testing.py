@@ -156,13 +156,17 @@ def is_reproducible(backbone: Backbone, tolerance: float) -> None:
 
 
 def agrees_with_itself(backbone: Backbone, tolerance: float) -> None:
-    """`top_down` is `transform` and `features` in one."""
+    """`top_down` and `encode` are `transform` and `posterior` with `features`."""
     eps = noise(backbone)
     for temperature in (1.0, 0.7):
         z = backbone.transform(eps, temperature)
         both = backbone.top_down(eps, temperature)
         all_close(both[0], z, tolerance, "top_down latents")
         close(both[1], backbone.features(z), tolerance, "top_down features")
+    z = backbone.posterior(images(backbone), noise=eps).z
+    both = backbone.encode(images(backbone), eps)
+    all_close(both[0], z, tolerance, "encode latents")
+    close(both[1], backbone.features(z), tolerance, "encode features")
 
 
 def has_gaussian_prior(backbone: Backbone, tolerance: float) -> None:

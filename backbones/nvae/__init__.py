@@ -151,6 +151,13 @@ class NVAEBackbone(Backbone):
         self.check_latents(noise, "noise")
         return self.fast.infer(self._prepare(x), noise, features=False)[0]
 
+    def encode(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Latents, Tensor]:
+        """Posterior draw and the decoder state after it, in one pass."""
+        self.check_images(x)
+        self.check_latents(noise, "noise")
+        groups, state = self.fast.infer(self._prepare(x), noise, features=True)
+        return tuple(group.z.contiguous() for group in groups), state.contiguous()
+
     def features(self, z: Sequence[Tensor]) -> Tensor:
         """Decoder state after the last group's combiner, (B, *feature_shape)."""
         self.check_latents(z, "z")
