@@ -85,7 +85,7 @@ class FitConfig:
     """
 
     objective: str = "nce"
-    nce_iterations: int = 8000
+    nce_iterations: int = 6000
     mle_iterations: int = 1000
     batch_size: int = 128
     nce_lr: float = 2e-3
