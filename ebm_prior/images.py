@@ -21,7 +21,7 @@ from ebm_prior.files import atomic_write, check_writable, write_bytes
 
 __all__ = ["ImageWriter", "grid", "labelled_rows", "save_png", "to_uint8"]
 
-MIN_WIDTH = 400  # pixels; narrower grids are enlarged by a whole factor
+MIN_WIDTH = 800  # pixels; narrower grids are enlarged by a whole factor
 WHITE = 255
 LABEL_SIZE = 16  # pixels
 MAX_GRID = 4096  # images
@@ -50,7 +50,7 @@ def grid(
         columns: Images per row; by default about as many as rows.
         padding: White pixels around each image.
         scale: Whole factor by which pixels are enlarged; by default the smallest that
-            makes the picture at least 400 pixels wide.
+            makes the picture at least 800 pixels wide.
 
     Returns:
         Picture (C, H', W'), uint8.

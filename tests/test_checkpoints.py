@@ -1,0 +1,63 @@
+"""What `checkpoints/` ships works as its README says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebm_prior import EnergyPrior, load_backbone
+from ebm_prior.data import load_images
+from ebm_prior.evaluate import evaluate
+from ebm_prior.metrics import load_features
+from ebm_prior.testing import check_backbone
+
+ROOT = Path(__file__).parent.parent / "checkpoints"
+FOLDERS = sorted(path.parent for path in ROOT.glob("*/checkpoint.pt"))
+
+
+def load(folder):
+    backbone = load_backbone("nvae", folder / "checkpoint.pt")
+    return backbone, EnergyPrior.from_pretrained(folder / "heads", backbone=backbone)
+
+
+def test_sums_are_those_written_down():
+    listed = dict(line.split()[::-1] for line in (ROOT / "SHA256SUMS").read_text().splitlines())
+    shipped = {
+        str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in ROOT.glob("*/**/*")
+        if p.is_file()
+    }
+    assert listed == shipped
+    for folder in FOLDERS:
+        card = json.loads((folder / "card.json").read_text())
+        assert card["sha256"] == shipped[f"{folder.name}/checkpoint.pt"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_backbone_and_heads_load_and_sample(folder):
+    backbone, prior = load(folder)
+    check_backbone(backbone)
+    x = prior.sample(2, steps=2, generator=torch.Generator().manual_seed(0))
+    assert x.shape == (2, *backbone.image_shape) and 0 <= x.min() and x.max() <= 1
+
+
+def test_heads_of_one_are_refused_on_another():
+    backbone, _ = load(FOLDERS[0])
+    with pytest.raises(ValueError, match="another backbone"):
+        EnergyPrior.from_pretrained(FOLDERS[1] / "heads", backbone=backbone)
+
+
+def test_the_digits_heads_improve_on_the_gaussian_prior():
+    backbone, prior = load(ROOT / "nvae_digits")
+    result = evaluate(
+        prior,
+        load_images("digits", split="test").images,
+        load_images("digits", split="train").images,
+        load_features("digits"),
+        n=400,
+    )
+    assert result.gap_closed > 0.4
+    assert result.energy.precision > result.gaussian.precision
+    assert result.energy.entropy > result.gaussian.entropy - 0.05
