@@ -22,6 +22,7 @@ from ebm_prior.files import atomic_write, check_writable, write_bytes
 __all__ = ["ImageWriter", "grid", "labelled_rows", "save_png", "to_uint8"]
 
 MIN_WIDTH = 800  # pixels; narrower grids are enlarged by a whole factor
+MAX_ENLARGED = 128  # pixels; no image is enlarged beyond this
 WHITE = 255
 LABEL_SIZE = 16  # pixels
 MAX_GRID = 4096  # images
@@ -50,7 +51,7 @@ def grid(
         columns: Images per row; by default about as many as rows.
         padding: White pixels around each image.
         scale: Whole factor by which pixels are enlarged; by default the smallest that
-            makes the picture at least 800 pixels wide.
+            makes the picture at least 800 pixels wide, or its images 128.
 
     Returns:
         Picture (C, H', W'), uint8.
@@ -72,7 +73,7 @@ def grid(
 
 def _scale(columns: int, width: int, padding: int) -> int:
     room = MIN_WIDTH - (columns + 1) * padding
-    return max(1, math.ceil(room / (columns * width)))
+    return max(1, min(math.ceil(room / (columns * width)), MAX_ENLARGED // width))
 
 
 def labelled_rows(rows: Sequence[tuple[str, Tensor]], columns: int | None = None) -> Tensor:

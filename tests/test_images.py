@@ -96,8 +96,8 @@ def test_grid_places_every_image():
 def test_grid_enlarges_small_images_by_a_whole_factor():
     x = pictures(4, 1, 8, 8)
     picture = grid(x)
-    assert 800 <= picture.shape[2] < 900
-    assert picture[0, 2:27, 2:27].unique().tolist() == [x[0, 0, 0, 0]]
+    assert picture.shape == (1, 2 * 130 + 2, 2 * 130 + 2)
+    assert picture[0, 2:18, 2:18].unique().tolist() == [x[0, 0, 0, 0]]
     assert grid(pictures(1, 3, 256, 512)).shape == (3, 260, 516)
     with pytest.raises(EbmPriorError, match="grid needs images"):
         grid(x[:0])
@@ -110,7 +110,7 @@ def test_labelled_rows_are_as_wide_as_the_widest():
     assert picture.shape[2] >= 40 * 30
     assert (picture[:, :24] < 128).any()  # a label was drawn above the first row
     wrapped = labelled_rows([("one", pictures(7)), ("two", pictures(7))], columns=4)
-    assert wrapped.shape[2] >= 800
+    assert wrapped.shape[2] > 500
 
 
 def test_save_png_round_trip(tmp_path):
