@@ -95,6 +95,15 @@ def test_fit_prints_json(tmp_path):
     assert json.loads(out)["iterations"] == 50
 
 
+def test_the_paper_preset_fills_what_is_not_given(tmp_path):
+    run("fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz", "--preset", "paper",
+        "--mle-iterations", 5, "--nef", 8, "--out", tmp_path / "run")  # fmt: skip
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["heads"] == {"kind": "factorized", "nef": 8, "ndf": 200}
+    assert config["sampler"] == {"transition": "langevin", "steps": 10, "step_size": 1e-5}
+    assert config["training"]["fit"]["mle_lr"] == 2e-5
+
+
 def test_sample_finds_the_newest_run_and_writes_a_grid(tmp_path):
     out = run("sample", "--steps", 3, "-n", 4)
     path = out.strip().split(" -> ")[1]
