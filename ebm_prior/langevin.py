@@ -109,7 +109,7 @@ def pcnl(
 ) -> Latents:
     """Metropolis-adjusted Crank-Nicolson Langevin chain on exp(-E(eps)) N(eps; 0, I).
 
-    Exact for any step size in (0, 4); with E = 0 every proposal is accepted and N(0, I)
+    Exact for any step size; with E = 0 every proposal is accepted and N(0, I)
     is invariant. For small s the proposal equals `langevin`'s step to first order.
 
     Reference: Cotter, Roberts, Stuart and White, "MCMC methods for functions: modifying
@@ -120,7 +120,7 @@ def pcnl(
         energy: Maps latents of batch B to (B,), nats: E alone, without |eps|^2 / 2.
         eps: Start, one tensor per group, (B, *shape).
         steps: Number of steps, at least 1.
-        step_size: s in (0, 4).
+        step_size: s > 0; from 4 on a proposal no longer stays near its start.
         generator: One generator, or one per sample.
         callback: Called with a `StepInfo` after every step.
 
