@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -283,7 +284,10 @@ class _Fit:
             stop_if_asked,
         )
         if isinstance(source, PosteriorStream):
-            tqdm.write(f"posterior samples exceed {self.config.cache_gb} GiB: drawn per batch")
+            tqdm.write(
+                f"posterior samples exceed {self.config.cache_gb} GiB: drawn per batch",
+                file=sys.stderr,
+            )
         self.source = source
         self.prepare_held_out()
         while self.phase < len(self.phases):
@@ -303,9 +307,9 @@ class _Fit:
             self.step_size,
             self.rollbacks,
         )
-        self.sample_grid()
         self.run.save_heads(hub.heads_bytes(self.prior))
         self.run.write_config(self.describe("finished", asdict(result)))
+        self.sample_grid()
         self.run.finish()
         return result
 
@@ -552,6 +556,8 @@ class _Fit:
         rollbacks, lr_scale = self.rollbacks + 1, self.lr_scale / 2
         at = self.total
         if rollbacks > self.config.rollbacks:
+            self.restore(*self.last_good)
+            self.save()  # so that the last good heads are on disk even before the first save
             self.run.write_config(self.describe("diverged"))
             raise DivergenceError(
                 f"energies diverged in {guilty} at iteration {at} after {self.rollbacks} "
@@ -564,7 +570,8 @@ class _Fit:
         self.last_good = self.capture()
         tqdm.write(
             f"energies diverged in {guilty} at iteration {at}: back to {self.total} with half "
-            "the learning rate and step size"
+            "the learning rate and step size",
+            file=sys.stderr,
         )
         self.run.rewind_log(self.total)
         self.run.log({"iteration": self.total, "rollback": self.rollbacks, "diverged": guilty})
@@ -711,6 +718,7 @@ class _Fit:
         sampler = replace(self.prior.sampler, step_size=self.step_size)
         generator = torch.Generator().manual_seed(0)
         eps = self.prior.run_chain(self.prior.noise(36, generator), sampler, generator=generator)
-        pictures = grid(self.prior.images(eps))
-        save_png(self.run.path / "samples" / f"{self.total:06d}.png", pictures)
         self.load_parameters(own)
+        images = self.prior.images(eps)
+        if images.isfinite().all():  # a picture must never cost a fit
+            save_png(self.run.path / "samples" / f"{self.total:06d}.png", grid(images))

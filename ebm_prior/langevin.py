@@ -165,7 +165,7 @@ def pcnl_step(
     new = ChainState(proposal, value, -grad)
     log_ratio = _rho(state, new, delta) - _rho(new, state, delta)
     # A non-finite proposal is a rejection, never a crash: exp(nan) compares false.
-    probability = log_ratio.clamp(max=0).exp().nan_to_num(0.0)
+    probability = log_ratio.clamp(max=0).exp().nan_to_num(0.0) * new.energy.isfinite()
     accepted = rand(probability, generator) < probability
     keep = accepted[:, None]
     return (

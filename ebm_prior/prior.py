@@ -13,7 +13,7 @@ from ebm_prior import hub
 from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import EnergyHead
-from ebm_prior.langevin import Generators, StepInfo, langevin, pcnl, randn
+from ebm_prior.langevin import Generators, StepInfo, check_settings, langevin, pcnl, randn
 
 __all__ = ["EnergyPrior", "SamplerConfig"]
 
@@ -40,6 +40,7 @@ class SamplerConfig:
             raise EbmPriorError(
                 f"transition must be one of {', '.join(TRANSITIONS)}, got {self.transition!r}"
             )
+        check_settings(self.steps, self.step_size)
 
 
 def head_shapes(backbone: Backbone, kind: str) -> dict[str, tuple[int, ...]]:
