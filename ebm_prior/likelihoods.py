@@ -112,15 +112,17 @@ class DiscretizedLogisticMixture(Likelihood):
         params: (B, 10 M, H, W): M mixture logits, then per colour M means, M log-scales
             and M coefficients before their tanh.
         bits: Bits per channel of the data.
+        edge: Pixels in [-1, 1] above it belong to the uppermost bin; codes differ here.
     """
 
-    def __init__(self, params: Tensor, bits: int = 8) -> None:
+    def __init__(self, params: Tensor, bits: int = 8, edge: float = 0.99) -> None:
         if params.shape[1] % 10:
             raise EbmPriorError(
                 f"a logistic mixture has 10 channels per component, got {params.shape[1]}"
             )
         self.params = params
         self.bits = bits
+        self.edge = edge
         m = params.shape[1] // 10
         self.mixture_logits = params[:, :m]
         rest = params[:, m:].unflatten(1, (3, 3 * m))
@@ -155,7 +157,7 @@ class DiscretizedLogisticMixture(Likelihood):
         log_mass = torch.where(
             x < -0.999,
             F.logsigmoid(upper),
-            torch.where(x > 0.99, -F.softplus(lower), inside),
+            torch.where(x > self.edge, -F.softplus(lower), inside),
         )
         per_component = log_mass.sum(1) + F.log_softmax(self.mixture_logits, 1)
         return torch.logsumexp(per_component, 1).flatten(1).sum(1)

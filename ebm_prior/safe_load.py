@@ -6,15 +6,16 @@ import hashlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["load_torch_file", "sha256_of"]
+__all__ = ["Named", "load_pickle_file", "load_torch_file", "sha256_of"]
 
 
 def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
@@ -68,6 +69,67 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         raise EbmPriorError(
             f"{path} is not a readable PyTorch checkpoint (truncated or of another kind)"
         ) from error
+
+
+@dataclass(frozen=True)
+class Named:
+    """Stands for a class or function that a pickle names; cannot be called."""
+
+    name: str
+
+
+class _TableUnpickler(pickle.Unpickler):
+    """Resolves only the names of a table, to objects that run nothing."""
+
+    def __init__(self, file: BinaryIO, table: Mapping[str, str], path: Path) -> None:
+        super().__init__(file)
+        self.table = table
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Named:
+        """Look a global up in the table; nothing is imported."""
+        known = self.table.get(f"{module}.{name}")
+        if known is None:
+            raise EbmPriorError(
+                f"{self.path} asks to run {module}.{name}, which is not on the list of allowed "
+                "names; nothing was run. Use a checkpoint as its training code wrote it"
+            )
+        return Named(known)
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Refuse references to objects outside the file."""
+        raise pickle.UnpicklingError("reference to an object outside the file")
+
+
+def load_pickle_file(path: str | Path, table: Mapping[str, str]) -> Any:
+    """Read a plain pickle in which classes and functions only occur as names.
+
+    Args:
+        path: File written by `pickle.dump`.
+        table: Full name ("package.module.name") of every class or function it may mention,
+            to the word that stands for it; it is read as `Named(word)`.
+
+    Raises:
+        EbmPriorError: If the file is missing, not a pickle, calls something, or mentions a
+            name outside the table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EbmPriorError(f"no such file: {path}")
+    unreadable = f"{path} is not a readable pickle (truncated, swapped or of another kind)"
+    try:
+        with path.open("rb") as file:
+            data = _TableUnpickler(file, table, path).load()
+            if file.read(1):  # a torch file of the old format is several pickles in a row
+                raise EbmPriorError(unreadable)
+            return data
+    except EbmPriorError:
+        raise
+    except PermissionError as error:
+        raise EbmPriorError(f"{path} cannot be read: permission denied") from error
+    # A broken pickle can fail in any way; whatever it is, the file is of no use.
+    except Exception as error:
+        raise EbmPriorError(unreadable) from error
 
 
 def _quoted(text: str, after: str) -> str:

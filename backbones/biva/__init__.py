@@ -1,0 +1,40 @@
+"""BIVA (Maaloe et al., 2019) as a backbone: loads the public code's session folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from backbones.biva.checkpoint import read_checkpoint
+from backbones.stages import StagedBackbone
+from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
+
+__all__ = ["load"]
+
+EDGE = 0.999  # from here on a pixel in [-1, 1] belongs to the outermost bin
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone:
+    """Load a BIVA session (BIVA, LVAE or VAE stages), frozen, in evaluation mode.
+
+    Args:
+        path: Session folder, or the weights inside it.
+        device: Where the weights go.
+
+    Raises:
+        EbmPriorError: If the folder is no complete BIVA session, does not fit itself or
+            needs an option that is not supported; see `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    mixture = checkpoint.mixture
+    return StagedBackbone(
+        checkpoint.network,
+        partial(DiscretizedLogisticMixture, edge=EDGE) if mixture else BernoulliLikelihood,
+        checkpoint.image_shape,
+        checkpoint.padding,
+        centred=mixture,
+        dataset=checkpoint.dataset,
+        binarize=not mixture,
+    ).to(device)

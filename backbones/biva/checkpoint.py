@@ -1,0 +1,247 @@
+"""BIVA's session folder: `hyperparameters.p`, `config.json` and `model.pth`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.biva.network import BivaNetwork
+from backbones.stages.checkpoint import fill, kernel_of, open_session, positive, read_state
+from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
+from backbones.stages.network import LatentSpec, StageSpec
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.safe_load import Named, load_pickle_file
+
+__all__ = ["Checkpoint", "read_checkpoint"]
+
+NAMES = {
+    "biva.model.stage.BivaStage": "biva",
+    "biva.model.stage.LvaeStage": "lvae",
+    "biva.model.stage.VaeStage": "vae",
+    "biva.model.stochastic.ConvNormal": "conv",
+    "biva.model.stochastic.DenseNormal": "dense",
+    "torch.nn.modules.activation.Softplus": "softplus",
+    "torch.nn.modules.activation.Tanh": "tanh",
+}
+"""All names that may occur in `hyperparameters.p`, and what they are read as."""
+
+REQUIRED = ("Stage", "tensor_shp", "stages", "latents", "features_out", "log_var_act")
+OPTIONAL = {
+    "padded_shp": None, "nonlinearity": "elu", "q_dropout": 0.0, "p_dropout": 0.0, "type": None,
+    "no_skip": False, "conditional_bu": False, "merge_kernel": 3, "learn_prior": False,
+}  # fmt: skip
+DATASETS = {"binmnist": "mnist", "cifar": "cifar10"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A session that has been read and checked.
+
+    Attributes:
+        network: The network with its weights, on the CPU.
+        image_shape: (C, H, W) of the images.
+        padding: Zeros around them, (vertical, horizontal).
+        mixture: Whether the likelihood is a mixture of logistics, else Bernoulli.
+        dataset: Data set it was trained on.
+    """
+
+    network: BivaNetwork
+    image_shape: Shape
+    padding: tuple[int, int]
+    mixture: bool
+    dataset: str | None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a session from its folder or from the weights inside.
+
+    Raises:
+        EbmPriorError: If a file is missing, swapped, of another family or names anything
+            foreign; if an option is not supported, or the weights do not fit.
+    """
+    session = open_session(path, "biva")
+    where = session["hyperparameters.p"]
+    options = _options(load_pickle_file(where, NAMES), where)
+    config = _config(session["config.json"])
+    state = read_state(session["model.pth"])
+    image_shape = _image_shape(options["tensor_shp"], where)
+    in_shape, padding = _padded(image_shape, options["padded_shp"], where)
+    outputs = positive(options["features_out"], "features_out", where)
+    channels = image_shape[0]
+    if outputs != channels and (channels != 3 or outputs % 10):
+        raise EbmPriorError(
+            f"{where}: features_out={outputs} for {channels} image channels is neither a "
+            "Bernoulli nor a mixture of logistics"
+        )
+    specs = _stages(options, state, where)
+    name = options["log_var_act"]
+    try:
+        # Spend no memory and no random numbers on weights about to be replaced.
+        with torch.device("meta"):
+            network = BivaNetwork(
+                specs,
+                in_shape,
+                outputs,
+                ACTIVATIONS[options["nonlinearity"]],
+                None if name is None else name.name,
+            )
+    except EbmPriorError as error:
+        raise EbmPriorError(f"{where}: {error}") from error
+    fill(network, state, session["model.pth"])
+    dataset = config.get("dataset")
+    return Checkpoint(
+        network,
+        image_shape,
+        padding,
+        outputs != channels,
+        DATASETS.get(dataset, dataset) if isinstance(dataset, str) else None,
+    )
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise EbmPriorError(
+            f"{path} is not readable JSON; the files of the folder may be swapped"
+        ) from error
+    if not isinstance(config, Mapping):
+        raise EbmPriorError(f"{path} does not hold a table of arguments")
+    return config
+
+
+def _options(data: Any, path: Path) -> dict[str, Any]:
+    """The hyperparameters with defaults filled in, checked one by one."""
+    if not isinstance(data, Mapping):
+        raise EbmPriorError(f"{path} holds a {type(data).__name__}, not BIVA's hyperparameters")
+    missing = [key for key in REQUIRED if key not in data]
+    if missing:
+        raise EbmPriorError(f"{path}: no {' and no '.join(missing)} in BIVA's hyperparameters")
+    unknown = [key for key in data if key not in REQUIRED and key not in OPTIONAL]
+    if unknown:
+        raise EbmPriorError(f"{path}: option {unknown[0]}={data[unknown[0]]!r} is not supported")
+    options = OPTIONAL | dict(data)
+    allowed = {
+        "Stage": [Named("biva"), Named("lvae"), Named("vae")],
+        "nonlinearity": ["elu", "relu"],
+        "log_var_act": [Named("softplus"), Named("tanh"), None],
+        "no_skip": [False, True],
+        "conditional_bu": [False, True],
+    }
+    for key, values in allowed.items():
+        if options[key] not in values:
+            raise EbmPriorError(f"{path}: option {key}={options[key]!r} is not supported")
+    return options
+
+
+def _image_shape(value: Any, path: Path) -> Shape:
+    if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
+        raise EbmPriorError(f"{path}: tensor_shp={value!r} is not (-1, C, H, W)")
+    return tuple(positive(n, "a size in tensor_shp", path) for n in value[-3:])
+
+
+def _padded(shape: Shape, padded: Any, path: Path) -> tuple[Shape, tuple[int, int]]:
+    """Shape that the network works on, and the zeros on each side."""
+    if padded is None:
+        return shape, (0, 0)
+    if not isinstance(padded, (list, tuple)) or len(padded) < 2:
+        raise EbmPriorError(f"{path}: padded_shp={padded!r} is not supported")
+    sizes = [positive(n, "a size in padded_shp", path) for n in padded[-2:]]
+    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
+    if any(n < 0 or n % 2 for n in excess):
+        raise EbmPriorError(
+            f"{path}: padded_shp={padded!r} around {shape[1]}x{shape[2]} images is not "
+            "supported; the same padding must fit on both sides"
+        )
+    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
+
+
+def _stages(
+    options: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
+) -> tuple[StageSpec, ...]:
+    stages, latents = options["stages"], options["latents"]
+    if not all(isinstance(v, (list, tuple)) and v for v in (stages, latents)):
+        raise EbmPriorError(f"{path}: stages and latents must be lists with an entry per stage")
+    if len(stages) != len(latents):
+        raise EbmPriorError(f"{path}: {len(stages)} stages but {len(latents)} latents")
+    kind = options["Stage"].name
+    skip = not options["no_skip"]
+    return tuple(
+        _stage(i, blocks, latent, i == len(stages) - 1, kind, skip, options, state, path)
+        for i, (blocks, latent) in enumerate(zip(stages, latents, strict=True))
+    )
+
+
+def _stage(
+    i: int,
+    blocks: Any,
+    latent: Any,
+    last: bool,
+    kind: str,
+    skip: bool,
+    options: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: Path,
+) -> StageSpec:
+    if not isinstance(blocks, (list, tuple)) or not blocks:
+        raise EbmPriorError(f"{path}: stage {i} has no blocks")
+    for block in blocks:
+        if not isinstance(block, (list, tuple)) or len(block) != 3:
+            raise EbmPriorError(
+                f"{path}: block {block!r} of stage {i} is not supported; expected (filters, "
+                "kernel, stride)"
+            )
+    specs = [BlockSpec(*(positive(n, f"a block of stage {i}", path) for n in b)) for b in blocks]
+    merge = None
+    if kind == "lvae":
+        # The code forces the stride of this block to 1 in lists only.
+        if isinstance(blocks[-1], tuple) and specs[-1].stride > 1:
+            raise EbmPriorError(
+                f"{path}: stage {i} ends in a tuple with stride {specs[-1].stride}, which is not "
+                "supported for LVAE; use a list"
+            )
+        merge = BlockSpec(specs[-1].channels, specs[-1].kernel)
+    if kind == "biva" and not last:
+        kernel = positive(options["merge_kernel"], "merge_kernel", path)
+        merge = BlockSpec(specs[0].channels, kernel)
+    condition = top = None
+    if kind == "biva" and last:
+        top = BlockSpec(*(kernel_of(state, f"stages.{i}.q_top.conv1") or (specs[-1].channels, 3)))
+    if kind == "biva" and not last and options["conditional_bu"]:
+        found = kernel_of(state, f"stages.{i}.bu_condition.conv1")
+        condition = BlockSpec(*(found or (specs[0].channels, 3)))
+    return StageSpec(
+        kind,
+        tuple(specs),
+        _latent(i, latent, path),
+        merge=merge,
+        top=top,
+        condition=condition,
+        infer_skip=skip,
+        generate_skip=skip,
+    )
+
+
+def _latent(i: int, latent: Any, path: Path) -> LatentSpec:
+    if not isinstance(latent, Mapping) or not {"N", "block"} <= latent.keys():
+        raise EbmPriorError(f"{path}: the latents of stage {i} are not a table with N and block")
+    unknown = [key for key in latent if key not in ("N", "block", "kernel", "learn_prior")]
+    if unknown:
+        raise EbmPriorError(f"{path}: option {unknown[0]} of latents is not supported")
+    if latent["block"] not in (Named("conv"), Named("dense")):
+        raise EbmPriorError(f"{path}: latents of kind {latent['block']!r} are not supported")
+    size = latent["N"]
+    if isinstance(size, int) and size == 0:
+        raise EbmPriorError(f"{path}: stage {i} has latents of zero size, which make no group")
+    dense = latent["block"] == Named("dense")
+    return LatentSpec(
+        positive(size, f"N of stage {i}", path),
+        dense,
+        1 if dense else positive(latent.get("kernel", 3), f"kernel of stage {i}", path),
+    )

@@ -1,0 +1,44 @@
+"""HVAE (Havtorn et al., 2021) as a backbone: loads the public code's model folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from backbones.hvae.checkpoint import read_checkpoint
+from backbones.hvae.likelihoods import DiscretizedLogistic
+from backbones.stages import StagedBackbone
+from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
+
+__all__ = ["load"]
+
+LIKELIHOODS = {
+    "bernoulli": BernoulliLikelihood,
+    "logistic": DiscretizedLogistic,
+    # From 0.999 on a pixel in [-1, 1] belongs to the outermost bin.
+    "mixture": partial(DiscretizedLogisticMixture, edge=0.999),
+}
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone:
+    """Load an HVAE model (VAE, LVAE or BIVA), frozen, in evaluation mode.
+
+    Args:
+        path: Model folder, or the weights inside it.
+        device: Where the weights go.
+
+    Raises:
+        EbmPriorError: If the folder is no complete HVAE model, does not fit itself or needs
+            an option that is not supported; see `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    return StagedBackbone(
+        checkpoint.network,
+        LIKELIHOODS[checkpoint.likelihood],
+        checkpoint.image_shape,
+        checkpoint.padding,
+        dataset=checkpoint.dataset,
+        binarize=checkpoint.likelihood == "bernoulli",
+    ).to(device)

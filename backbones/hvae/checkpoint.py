@@ -1,0 +1,275 @@
+"""HVAE's folder: `model_class_name.pt`, `model_kwargs.pt`, `model_state_dict.pt`, and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.hvae.network import HvaeNetwork
+from backbones.stages.checkpoint import fill, kernel_of, open_session, positive, read_state
+from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
+from backbones.stages.network import LatentSpec, StageSpec
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.safe_load import load_torch_file
+
+__all__ = ["Checkpoint", "LIKELIHOODS", "read_checkpoint"]
+
+CLASSES = {"VAE": "vae", "LVAE": "lvae", "BIVA": "biva"}
+LIKELIHOODS = {
+    "BernoulliLikelihoodConv2d": "bernoulli",
+    "DiscretizedLogisticLikelihoodConv2d": "logistic",
+    "DiscretizedLogisticMixLikelihoodConv2d": "mixture",
+}
+MIXTURES = 10
+REQUIRED = ("input_shape", "likelihood_module", "config_deterministic", "config_stochastic")
+OPTIONAL = {
+    "q_dropout": 0.0, "p_dropout": 0.0, "activation": "Swish", "skip_stochastic": True,
+    "padded_shape": None,
+}  # fmt: skip
+BLOCK_KEYS = {
+    "block", "out_channels", "kernel_size", "stride", "weightnorm", "gated", "upsampling_mode",
+    "downsampling_mode",
+}  # fmt: skip
+LATENT_KEYS = {"block", "latent_features", "weightnorm", "kernel_size", "learn_prior"}
+RESIZE = (None, "nearest", "bilinear")
+UNUSED = (".std_activation_inverse.beta", ".std_activation_inverse.threshold")
+DATASETS = {"fashionmnist": "fashion_mnist", "smallnorb": "small_norb"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has been read and checked.
+
+    Attributes:
+        network: The network with its weights, on the CPU.
+        image_shape: (C, H, W) of the images.
+        padding: Zeros around them, (vertical, horizontal).
+        likelihood: "bernoulli", "logistic" or "mixture".
+        dataset: Data set it was trained on.
+    """
+
+    network: HvaeNetwork
+    image_shape: Shape
+    padding: tuple[int, int]
+    likelihood: str
+    dataset: str | None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a model from its folder or from the weights inside.
+
+    `evaluator.pt` is never opened.
+
+    Raises:
+        EbmPriorError: If a file is missing, swapped, of another family or names anything
+            foreign; if an option is not supported, or the weights do not fit.
+    """
+    session = open_session(path, "hvae")
+    name = load_torch_file(session["model_class_name.pt"])
+    if not isinstance(name, str):
+        raise EbmPriorError(
+            f"{session['model_class_name.pt']} holds a {type(name).__name__}, not the name of a "
+            "class; the files of the folder may be swapped"
+        )
+    if name not in CLASSES:
+        raise EbmPriorError(
+            f"{session['model_class_name.pt']}: model class {name!r} is not supported; known are "
+            f"{', '.join(CLASSES)}"
+        )
+    where = session["model_kwargs.pt"]
+    # The size of the input is saved as a torch.Size, a tuple that runs nothing.
+    options = _options(load_torch_file(where, allowed=[torch.Size]), where)
+    dataset = _dataset(session["datamodule_config.pt"])
+    state = read_state(session["model_state_dict.pt"])
+    image_shape = tuple(positive(n, "a size in input_shape", where) for n in options["shape"])
+    in_shape, padding = _padded(image_shape, options["padded_shape"], where)
+    likelihood = LIKELIHOODS[options["likelihood_module"]]
+    channels = image_shape[0]
+    if likelihood == "mixture" and channels != 3:
+        raise EbmPriorError(f"{where}: a mixture of logistics needs 3 channels, not {channels}")
+    outputs = {"bernoulli": channels, "logistic": 2 * channels, "mixture": 10 * MIXTURES}
+    specs = _stages(options, CLASSES[name], state, where)
+    try:
+        # Spend no memory and no random numbers on weights about to be replaced.
+        with torch.device("meta"):
+            network = HvaeNetwork(
+                specs,
+                in_shape,
+                image_shape[1:],
+                outputs[likelihood],
+                1 if likelihood == "mixture" else 3,
+                likelihood == "bernoulli",
+                ACTIVATIONS[options["activation"].lower()],
+            )
+    except EbmPriorError as error:
+        raise EbmPriorError(f"{where}: {error}") from error
+    fill(network, state, session["model_state_dict.pt"], UNUSED)
+    return Checkpoint(network, image_shape, padding, likelihood, dataset)
+
+
+def _dataset(path: Path) -> str | None:
+    """Name of the training data, without the code's suffix for how pixels are drawn."""
+    config = load_torch_file(path)
+    if not isinstance(config, Mapping) or "train_datasets" not in config:
+        raise EbmPriorError(
+            f"{path} does not say what the model was trained on; the files of the folder may be "
+            "swapped"
+        )
+    names = config["train_datasets"]
+    if not isinstance(names, Mapping) or not names:
+        return None
+    name = str(next(iter(names)))
+    for suffix in ("Binarized", "Dequantized"):
+        name = name.removesuffix(suffix)
+    return DATASETS.get(name.lower(), name.lower())
+
+
+def _options(data: Any, path: Path) -> dict[str, Any]:
+    """The model's arguments with defaults filled in, checked one by one."""
+    kwargs = data.get("kwargs") if isinstance(data, Mapping) else None
+    if not isinstance(kwargs, Mapping):
+        raise EbmPriorError(
+            f"{path} holds no table 'kwargs' of model arguments; the files of the folder may be "
+            "swapped"
+        )
+    missing = [key for key in REQUIRED if key not in kwargs]
+    if missing:
+        raise EbmPriorError(f"{path}: no {' and no '.join(missing)} in the model's arguments")
+    unknown = [key for key in kwargs if key not in REQUIRED and key not in OPTIONAL]
+    if unknown:
+        raise EbmPriorError(f"{path}: option {unknown[0]}={kwargs[unknown[0]]!r} is not supported")
+    options = OPTIONAL | dict(kwargs)
+    for key, known in (("likelihood_module", LIKELIHOODS), ("activation", ACTIVATIONS)):
+        value = options[key]
+        found = value.lower() if key == "activation" and isinstance(value, str) else value
+        if not isinstance(found, str) or found not in known:
+            raise EbmPriorError(f"{path}: option {key}={value!r} is not supported")
+    if not isinstance(options["skip_stochastic"], bool):
+        raise EbmPriorError(
+            f"{path}: option skip_stochastic={options['skip_stochastic']!r} is not supported"
+        )
+    shape = options["input_shape"]
+    if not isinstance(shape, (list, tuple)) or len(shape) not in (3, 4):
+        raise EbmPriorError(f"{path}: input_shape={shape!r} is not (C, H, W)")
+    options["shape"] = shape[-3:]
+    return options
+
+
+def _padded(shape: Shape, padded: Any, path: Path) -> tuple[Shape, tuple[int, int]]:
+    """Shape that the network works on, and the zeros on each side."""
+    if padded is None:
+        return shape, (0, 0)
+    if not isinstance(padded, (list, tuple)) or len(padded) < 2:
+        raise EbmPriorError(f"{path}: padded_shape={padded!r} is not supported")
+    sizes = [positive(n, "a size in padded_shape", path) for n in padded[-2:]]
+    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
+    if any(n < 0 or n % 2 for n in excess):
+        raise EbmPriorError(
+            f"{path}: padded_shape={padded!r} around {shape[1]}x{shape[2]} images is not "
+            "supported; the same padding must fit on both sides"
+        )
+    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
+
+
+def _stages(
+    options: Mapping[str, Any], kind: str, state: Mapping[str, Tensor], path: Path
+) -> list[StageSpec]:
+    stages, latents = options["config_deterministic"], options["config_stochastic"]
+    if not all(isinstance(v, (list, tuple)) and v for v in (stages, latents)):
+        raise EbmPriorError(f"{path}: its configurations must be lists with an entry per stage")
+    if len(stages) != len(latents):
+        raise EbmPriorError(f"{path}: {len(stages)} stages but {len(latents)} latents")
+    skip = options["skip_stochastic"]
+    if kind == "biva" and not skip and len(stages) > 2:
+        raise EbmPriorError(
+            f"{path}: option skip_stochastic=False is not supported for BIVA with more than two "
+            "stages (HVAE's own code fails on it)"
+        )
+    specs = []
+    for i, (blocks, latent) in enumerate(zip(stages, latents, strict=True)):
+        last = i == len(stages) - 1
+        if not isinstance(blocks, (list, tuple)) or not blocks:
+            raise EbmPriorError(f"{path}: stage {i} has no blocks")
+        stack = "q_bu_convs" if kind == "biva" else "q_deterministic"
+        made = tuple(
+            _block(config, state, f"stages.{i}.{stack}.layers.{j}", i, path)
+            for j, config in enumerate(blocks)
+        )
+        single = BlockSpec(**{**vars(made[-1]), "stride": 1})
+        merge = top = None
+        if kind == "lvae" and (not last or kernel_of(state, f"stages.{i}.merge.conv1")):
+            merge = single
+        elif kind == "biva" and not last:
+            merge = single
+        elif kind == "biva":
+            channels, kernel = kernel_of(state, f"stages.{i}.q_top.conv1") or (
+                single.channels,
+                single.kernel,
+            )
+            top = BlockSpec(**{**vars(single), "channels": channels, "kernel": kernel})
+        specs.append(
+            StageSpec(
+                kind,
+                made,
+                _latent(i, latent, path),
+                merge=merge,
+                top=top,
+                reverse=kind != "biva",
+                # BIVA's inner stages test this option the wrong way round.
+                infer_skip=skip and (kind != "biva" or last),
+                generate_skip=skip,
+            )
+        )
+    return specs
+
+
+def _block(config: Any, state: Mapping[str, Tensor], name: str, i: int, path: Path) -> BlockSpec:
+    if not isinstance(config, Mapping) or not {"block", "out_channels"} <= config.keys():
+        raise EbmPriorError(f"{path}: a block of stage {i} is no table with block, out_channels")
+    for key, value in config.items():
+        if key not in BLOCK_KEYS or (key == "block" and value != "ResBlockConv2d"):
+            raise EbmPriorError(f"{path}: option {key}={value!r} of blocks is not supported")
+        if key.endswith("sampling_mode") and value not in RESIZE:
+            raise EbmPriorError(f"{path}: option {key}={value!r} of blocks is not supported")
+    channels = positive(config["out_channels"], f"out_channels of stage {i}", path)
+    stored = kernel_of(state, f"{name}.conv1") or (channels, 3)
+    # Older folders leave defaults out; the weights then say what they were.
+    wide = (kernel_of(state, f"{name}.conv2") or (channels, 3))[0] > channels
+    normed = f"{name}.conv1.conv.weight_v" in state
+    kernel = config.get("kernel_size", stored[1])
+    if isinstance(kernel, (list, tuple)) and len(set(kernel)) == 1:
+        kernel = kernel[0]
+    return BlockSpec(
+        channels,
+        positive(kernel, f"kernel_size of stage {i}", path),
+        positive(config.get("stride", 1), f"stride of stage {i}", path),
+        bool(config.get("gated", wide)),
+        bool(config.get("weightnorm", normed)),
+        config.get("upsampling_mode"),
+        config.get("downsampling_mode"),
+    )
+
+
+def _latent(i: int, config: Any, path: Path) -> LatentSpec:
+    if not isinstance(config, Mapping) or not {"block", "latent_features"} <= config.keys():
+        raise EbmPriorError(
+            f"{path}: the latents of stage {i} are no table with block and latent_features"
+        )
+    for key, value in config.items():
+        kinds = ("GaussianConv2d", "GaussianDense")
+        if key not in LATENT_KEYS or (key == "block" and value not in kinds):
+            raise EbmPriorError(f"{path}: option {key}={value!r} of latents is not supported")
+    size = config["latent_features"]
+    if isinstance(size, int) and size == 0:
+        raise EbmPriorError(f"{path}: stage {i} has latents of zero size, which make no group")
+    return LatentSpec(
+        positive(size, f"latent_features of stage {i}", path),
+        config["block"] == "GaussianDense",
+        positive(config.get("kernel_size", 3), f"kernel_size of stage {i}", path),
+        bool(config.get("weightnorm", True)),
+    )

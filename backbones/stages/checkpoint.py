@@ -1,0 +1,205 @@
+"""Session folders of both families: finding the files, checking that they fit together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.stages.layers import Dense, Layer, PSwish
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.safe_load import load_torch_file
+
+__all__ = ["Session", "fill", "kernel_of", "open_session", "positive", "read_state"]
+
+FILES = {
+    "biva": ("hyperparameters.p", "config.json", "model.pth"),
+    "hvae": (
+        "model_class_name.pt", "model_kwargs.pt", "model_state_dict.pt", "datamodule_config.pt",
+    ),
+}  # fmt: skip
+"""Files that a session of each family must have; the state is model.pth, model_state_dict.pt."""
+
+WEIGHTS = {"biva": "model.pth", "hvae": "model_state_dict.pt"}
+
+
+class Session(dict[str, Path]):
+    """Path of each file of a session, by name."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
+        super().__init__(files)
+        self.folder = folder
+
+
+def open_session(path: str | Path, family: str) -> Session:
+    """Find the files of a session from its folder or from a file inside it.
+
+    Raises:
+        EbmPriorError: If a file is missing, or the folder is of another family.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise EbmPriorError(f"no such checkpoint: {path}")
+    folder = path if path.is_dir() else path.parent
+    files = {name: folder / name for name in FILES[family]}
+    name = family.upper()
+    if path.is_file() and path.name not in files:
+        files[WEIGHTS[family]] = path  # weights under a name of the user's own
+    missing = [file for file, where in files.items() if not where.is_file()]
+    if not missing:
+        return Session(folder, files)
+    if other := _other_family(path, folder, family):
+        raise EbmPriorError(f"{path} is not a {name} session: {other}")
+    raise EbmPriorError(
+        f"{folder} is not a complete {name} session folder: no {' and no '.join(missing)} in it; "
+        "copy the whole folder that the training code wrote"
+    )
+
+
+def _other_family(path: Path, folder: Path, family: str) -> str:
+    """What shows that the path belongs to another family; empty if nothing does."""
+    for other, files in FILES.items():
+        if other != family and (folder / files[0]).is_file():
+            return f"{folder} looks like one of {other.upper()}; use backbone {other} on it"
+    file = path if path.is_file() else folder / "checkpoint.pt"
+    try:
+        data = load_torch_file(file, allowed=[argparse.Namespace])
+    except EbmPriorError:
+        return ""
+    if isinstance(data, Mapping) and {"args", "state_dict"} <= data.keys():
+        return f"{file} looks like an NVAE checkpoint; use backbone nvae on it"
+    return ""
+
+
+def positive(value: Any, what: str, path: Path) -> int:
+    """`value` as a positive whole number, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise EbmPriorError(f"{path}: {what} is {value!r}, expected a positive whole number")
+    return value
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict: float32 tensors, checked to be finite."""
+    data = load_torch_file(path)
+    if not isinstance(data, Mapping) or not data:
+        raise EbmPriorError(
+            f"{path} holds a {type(data).__name__}, not weights; the files of the folder may be "
+            "swapped"
+        )
+    state = {}
+    for key, value in data.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise EbmPriorError(
+                f"{path}: entry {key!r} is not a named tensor; the files of the folder may be "
+                "swapped"
+            )
+        state[key] = value.float() if value.is_floating_point() else value
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise EbmPriorError(f"{path}: weight {key} is not finite; the training had diverged")
+    return state
+
+
+def kernel_of(state: Mapping[str, Tensor], layer: str) -> tuple[int, int] | None:
+    """(output channels, kernel size) of a stored convolution; None where there is none.
+
+    For the few blocks whose geometry the configuration does not state.
+    """
+    for name in ("weight_v", "weight"):
+        weight = state.get(f"{layer}.conv.{name}")
+        if weight is not None and weight.ndim == 4:
+            return weight.shape[0], weight.shape[2]
+    return None
+
+
+def fill(
+    network: nn.Module, state: Mapping[str, Tensor], path: Path, ignored: Sequence[str] = ()
+) -> None:
+    """Check that stored weights are exactly those of the network, fold and assign them.
+
+    Args:
+        network: The network, on the meta device.
+        state: Weights under the public keys.
+        path: File they came from, for messages.
+        ignored: Endings of keys that evaluation does not read.
+
+    Raises:
+        EbmPriorError: Naming the first keys that do not fit, or a layer that had not been
+            initialised from data yet.
+    """
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, Layer)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        expected |= {f"{name}.{key}": shape for key, shape in layer.stored().items()}
+    plain = {
+        key: value
+        for key, value in network.state_dict().items()
+        if not any(key.startswith(f"{name}.") for name in layers)
+    }
+    expected |= {key: tuple(value.shape) for key, value in plain.items()}
+    scalars = {f"{n}.beta" for n, m in network.named_modules() if isinstance(m, PSwish)}
+    given = {
+        # The code may keep a scalar as (1,).
+        key: value.reshape(()) if key in scalars and value.numel() == 1 else value
+        for key, value in state.items()
+        if not key.endswith(tuple(ignored))
+    }
+    for key in _idle(network) & scalars - given.keys():
+        given[key] = torch.ones(())
+    _compare(expected, given, path)
+    result = {key: given[key] for key in plain}
+    for name, layer in layers.items():
+        stored = {key: given[f"{name}.{key}"] for key in layer.stored()}
+        if not stored["initialized"] and (layer.normed or not isinstance(layer, Dense)):
+            raise EbmPriorError(
+                f"{path}: {name}.initialized is False: the weights had not been initialised from "
+                "data when they were saved; use a later checkpoint"
+            )
+        result |= {f"{name}.{key}": value for key, value in layer.fold(stored).items()}
+    for key, value in result.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise EbmPriorError(f"{path}: {key} has a weight direction of length zero")
+    network.load_state_dict(result, assign=True)
+
+
+def _idle(network: nn.Module) -> set[str]:
+    """Scalars of activations that are never applied; files may lack them."""
+    return {
+        f"{name}.{part}.beta"
+        for name, module in network.named_modules()
+        if hasattr(module, "unused")
+        for part in module.unused()
+    }
+
+
+def _compare(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], path: Path
+) -> None:
+    misshaped = [
+        f"{key} {tuple(given[key].shape)} instead of {shape}"
+        for key, shape in expected.items()
+        if key in given and tuple(given[key].shape) != shape
+    ]
+    mistyped = [
+        f"{key} of {value.dtype}"
+        for key, value in given.items()
+        if key in expected and value.is_floating_point() == key.endswith(".initialized")
+    ]
+    problems = []
+    for label, keys in (
+        ("missing", [key for key in expected if key not in given]),
+        ("unexpected", [key for key in given if key not in expected]),
+        ("misshaped", misshaped),
+        ("mistyped", mistyped),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{label} {', '.join(keys[:3])}{more}")
+    if problems:
+        raise EbmPriorError(
+            f"{path}: the weights do not fit the folder's own configuration: "
+            f"{'; '.join(problems)}. Use the folder as the training code wrote it"
+        )
