@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -166,6 +167,9 @@ def open_prior(
 
     folder = hub.resolve(source if source is not None else newest_run())
     config = hub.read_config(folder)
+    if source is not None and not Path(source).is_dir():
+        # From the Hub: a stranger does not choose which local files are read.
+        config = {**config, "training": {}, "backbone": {**config["backbone"], "path": None}}
     ckpt = ckpt or config["backbone"].get("path")
     if not ckpt:
         raise EbmPriorError(
@@ -187,7 +191,8 @@ def open_images(
     from ebm_prior.data import load_images
 
     data = data or backbone.dataset
-    if not data:
+    if not data or (data == backbone.dataset and not re.fullmatch(r"[\w-]+", data)):
+        # only a name: a checkpoint does not choose which local files are read
         raise EbmPriorError("the checkpoint does not name its data set; give one with --data")
     return load_images(data, split=split, shape=backbone.image_shape, resize=resize, limit=limit)
 
@@ -513,6 +518,7 @@ def sample(
 
     import torch
 
+    from ebm_prior.files import check_writable
     from ebm_prior.images import ImageWriter, labelled_rows, save_png, to_uint8
     from ebm_prior.sampling import parse_seeds, seeded_batches
 
@@ -525,6 +531,8 @@ def sample(
         out = str(samples / f"steps{config.steps}-seed{seed_list[0]}.png")
     path = Path(out)
     beside = compare and path.suffix == ".png"  # both in one picture
+    for picture in ([path] if beside else []) + ([Path(trajectory)] if trajectory else []):
+        check_writable(picture)
     before, after = [], []
     strip = Strip(prior, config.steps, temperature) if trajectory else None
     with ExitStack() as stack:

@@ -11,7 +11,6 @@ Two objectives, alone or one after the other (`nce+mle`):
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,13 +25,14 @@ from ebm_prior import hub
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.images import grid, save_png
+from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.langevin import ChainState, flatten, pcnl_start, pcnl_step
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.run import RunFolder, environment
 
-__all__ = ["DivergenceError", "FitConfig", "FitResult", "Interrupted", "fit"]
+__all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
 
 OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
 POOL_BATCHES = 8
@@ -42,10 +42,6 @@ MAX_STEP_SIZE = 1.9  # beyond, the Crank-Nicolson proposal forgets its start and
 
 class DivergenceError(EbmPriorError):
     """Energies ran away again after every permitted rollback."""
-
-
-class Interrupted(EbmPriorError):
-    """Ctrl-C: the current iteration was finished and the state saved."""
 
 
 @dataclass(frozen=True)
@@ -208,29 +204,8 @@ def fit(
     fitting = _Fit(prior, config, run, record or {})
     if not resume:
         run.start(fitting.describe("running"))
-    with _CtrlC() as ctrl_c:
+    with CtrlC() as ctrl_c:
         return fitting.run_all(images, ctrl_c, resume)
-
-
-class _CtrlC:
-    """Turns SIGINT into a flag, so that an iteration is finished before stopping."""
-
-    pressed = False
-
-    def __enter__(self) -> _CtrlC:
-        def press(*_: object) -> None:
-            self.pressed = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops now
-
-        try:
-            self.previous = signal.signal(signal.SIGINT, press)
-        except ValueError:  # not the main thread: the caller handles interrupts
-            self.previous = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
 
 
 class _Fit:
@@ -253,7 +228,7 @@ class _Fit:
 
     # -- phases ---------------------------------------------------------------------------
 
-    def run_all(self, images: Tensor, ctrl_c: _CtrlC, resume: bool) -> FitResult:
+    def run_all(self, images: Tensor, ctrl_c: CtrlC, resume: bool) -> FitResult:
         """Encode, run every phase, tune the step size, store."""
         began = time.monotonic()
         if resume and (state := self.run.load_state()) is not None:
@@ -326,7 +301,7 @@ class _Fit:
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_loss, self.since_best = math.inf, 0
 
-    def run_phase(self, ctrl_c: _CtrlC) -> None:
+    def run_phase(self, ctrl_c: CtrlC) -> None:
         """All iterations of the current phase; leaves the kept heads in `prior`."""
         name = self.phases[self.phase]
         length = getattr(self.config, f"{name}_iterations")

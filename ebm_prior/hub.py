@@ -137,7 +137,7 @@ def read_config(folder: Path) -> dict:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise EbmPriorError(f"{folder} holds no {CONFIG}; it is not a folder of heads") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EbmPriorError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise EbmPriorError(f"{path}: expected a JSON object")
@@ -160,6 +160,15 @@ def read_config(folder: Path) -> dict:
             value = value.get(key) if isinstance(value, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise EbmPriorError(f"{path}: field {section}.{key} is missing or of a wrong type")
+    limits = {("heads", "nef"): 1 << 16, ("heads", "ndf"): 1 << 16, ("sampler", "steps"): 1 << 24}
+    for (section, key), limit in limits.items():
+        if not 1 <= config[section][key] <= limit:
+            raise EbmPriorError(f"{path}: field {section}.{key} must lie in 1..{limit}")
+    if not 0 < config["sampler"]["step_size"] < 1e6:
+        raise EbmPriorError(f"{path}: field sampler.step_size must be positive and below 1e6")
+    for group in config["backbone"]["groups"]:
+        if not (isinstance(group, list) and len(group) == 2 and isinstance(group[1], list)):
+            raise EbmPriorError(f"{path}: field backbone.groups must list [name, shape] pairs")
     return config
 
 

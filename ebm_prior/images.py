@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -127,8 +126,8 @@ class ImageWriter:
     """Writes images as they are made; the suffix of `out` chooses the form.
 
     `.png`: one grid. `.zip`: 000000.png, ... `.npz`: key `images`, uint8 (N, H, W, C),
-    and `seeds` where given. No suffix, or an existing folder: 000000.png, ... in it,
-    replacing those of an earlier call. A single file appears only once it is complete.
+    and `seeds` where given. No suffix, or an existing empty folder: 000000.png, ... in it;
+    a folder that holds anything is refused. A single file appears only once it is complete.
 
     Example:
         >>> with ImageWriter("samples.zip", count=64) as writer:
@@ -141,7 +140,7 @@ class ImageWriter:
 
     Raises:
         EbmPriorError: At once, if `out` cannot be written, has an unknown suffix, or is
-            a folder with other files in it.
+            a folder with files in it.
     """
 
     def __init__(self, out: str | Path, count: int, seeds: Sequence[int] | None = None) -> None:
@@ -156,21 +155,18 @@ class ImageWriter:
                 "write them to a folder, a .zip or an .npz"
             )
         if self.form == "":
-            self._earlier()
+            self._check_empty()
         check_writable(self.path / self._name() if self.form == "" else self.path)
 
     def _name(self) -> str:
         return f"{self.added:06d}.png"
 
-    def _earlier(self) -> list[Path]:
-        """Images of an earlier call in the output folder; anything else is refused."""
-        found = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        other = [p.name for p in found if not re.fullmatch(r"\d{6,}\.png", p.name)]
-        if other:
+    def _check_empty(self) -> None:
+        """Refuse a folder with anything in it: numbered pictures may well be somebody's own."""
+        if self.path.is_dir() and (first := next(self.path.iterdir(), None)) is not None:
             raise EbmPriorError(
-                f"{self.path} holds other files, such as {other[0]}: choose an empty or new folder"
+                f"{self.path} holds files, such as {first.name}: choose an empty or new folder"
             )
-        return found
 
     def __enter__(self) -> ImageWriter:
         self._stack = ExitStack()
@@ -198,11 +194,8 @@ class ImageWriter:
             self._npy.write(images.permute(0, 2, 3, 1).contiguous().numpy())
 
     def _start(self, images: Tensor) -> None:
-        """What has to wait for the first images: their shape, the old ones' end."""
-        if self.form == "":
-            for path in self._earlier():
-                path.unlink()
-        elif self.form == ".npz":
+        """What has to wait for the first images: their shape."""
+        if self.form == ".npz":
             _, c, h, w = images.shape
             # Written by hand so that the images need not all fit into memory.
             self._npy = self._zip.open("images.npy", "w", force_zip64=True)

@@ -282,3 +282,14 @@ def test_the_installed_command_starts():
             command = [str(__import__("pathlib").Path(sys.executable).parent / "ebm-prior")]
         out = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert out.stdout.startswith("ebm-prior, version")
+
+
+def test_a_checkpoint_does_not_choose_which_folder_is_read(tmp_path):
+    from ebm_prior import EbmPriorError
+    from ebm_prior.cli import open_images
+
+    Image.new("L", (8, 8)).save(tmp_path / "mine.png")
+    toy = ToyBackbone(size=8)
+    toy.dataset = str(tmp_path)
+    with pytest.raises(EbmPriorError, match="--data"):
+        open_images(None, toy, "train", resize=False)

@@ -12,7 +12,8 @@ import torch
 from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit
 from ebm_prior import fit as fit_function
-from ebm_prior.fit import DivergenceError, Interrupted, _Fit
+from ebm_prior.fit import DivergenceError, _Fit
+from ebm_prior.interrupt import Interrupted
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.run import RunFolder, newest_run
 
@@ -216,6 +217,61 @@ def test_divergence_is_rolled_back_and_survived(toy, tmp_path, monkeypatch, bad)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     (record,) = [r for r in log if "rollback" in r]
     assert record["diverged"] == "z1" and record["iteration"] == 20
+
+
+def test_a_rollback_halves_learning_rate_and_step(toy, tmp_path, monkeypatch):
+    seen, diverged = [], _Fit.diverged
+
+    def report(self, step):
+        if self.total == 27 and self.rollbacks == 0:
+            return "z1"
+        if self.rollbacks and not seen:
+            seen.append((self.lr_scale, self.step_size))
+        return diverged(self, step)
+
+    monkeypatch.setattr(_Fit, "diverged", report)
+    prior = new_prior(toy)
+    start = prior.sampler.step_size
+    fit(prior, mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+    assert seen == [(0.5, start / 2)]
+
+
+def test_divergence_before_the_first_save_leaves_heads(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(_Fit, "diverged", lambda self, step: "z1")
+    with pytest.raises(DivergenceError):
+        fit(new_prior(toy), mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+    again = EnergyPrior.from_pretrained(tmp_path / "run", backbone=toy)
+    assert torch.equal(weights(again), weights(new_prior(toy)))
+
+
+def test_a_picture_that_cannot_be_made_costs_nothing(toy, tmp_path, monkeypatch):
+    images = mismatched_images(toy)
+    monkeypatch.setattr(
+        EnergyPrior, "images", lambda self, eps, t=1.0: torch.full((36, 1, 4, 4), math.nan)
+    )
+    fit(new_prior(toy), images, FitConfig(**QUICK), run_dir=tmp_path / "run")
+    assert not list((tmp_path / "run" / "samples").iterdir())
+
+
+def test_nce_stops_when_patience_ends_and_keeps_the_best(toy, tmp_path, monkeypatch):
+    prior, kept = new_prior(toy), []
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    judge = _Fit.judge
+
+    def judged(self):
+        with monkeypatch.context() as patch:
+            if self.iteration % self.config.judge_every == 0:
+                loss = torch.tensor(next(losses))
+                patch.setattr(sys.modules[_Fit.__module__], "nce_loss", lambda pos, neg: loss)
+                if loss == 1.0:
+                    kept.append(torch.cat([p.detach().flatten() for p in self.average]).clone())
+            return judge(self)
+
+    monkeypatch.setattr(_Fit, "judge", judged)
+    config = FitConfig(**QUICK | dict(objective="nce", nce_iterations=500, patience=2))
+    result = fit(prior, mismatched_images(toy), config, run_dir=tmp_path / "run")
+    assert result.iterations == 4 * config.judge_every and result.held_out_loss == 1.0
+    assert torch.equal(weights(prior), kept[0])
 
 
 def test_hopeless_divergence_ends_with_the_last_good_heads(toy, tmp_path, monkeypatch):

@@ -194,16 +194,14 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, name, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_a_folder_is_replaced_if_it_is_ours(tmp_path):
+def test_a_folder_with_pictures_is_never_touched(tmp_path):
     out = tmp_path / "samples.v2"
     out.mkdir()  # an existing folder may have a suffix
-    for n in (7, 3):
-        with ImageWriter(out, count=n) as writer:
-            writer.add(pictures(n, seed=n))
-    assert torch.equal(written(out), pictures(3, seed=3))
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(EbmPriorError, match=r"notes\.txt: choose an empty or new folder"):
+    with ImageWriter(out, count=3) as writer:
+        writer.add(pictures(3, seed=3))
+    with pytest.raises(EbmPriorError, match=r"\.png: choose an empty or new folder"):
         ImageWriter(out, count=1)
+    assert torch.equal(written(out), pictures(3, seed=3))
 
 
 def test_bad_outputs_are_refused_before_sampling(tmp_path):

@@ -143,6 +143,14 @@ def test_pcnl_rejects_non_finite_proposals():
         generator=g,
     )
     assert flatten(wall)[0].isfinite().all()
+    trap = pcnl(
+        lambda e: torch.where(e[0][:, 0] > 0, -math.inf, 0.0) + energy(e),
+        tuple(-e.abs() for e in eps),
+        steps=20,
+        step_size=0.5,
+        generator=g,
+    )
+    assert (trap[0][:, 0] < 0).all()
 
 
 @pytest.mark.parametrize("chain, function", [(langevin, log_density), (pcnl, energy)])

@@ -11,7 +11,7 @@ import torch
 from backbones.nvae import load
 from backbones.nvae.pretrain import PretrainConfig, elbo, pretrain
 from ebm_prior import EbmPriorError, load_backbone
-from ebm_prior.fit import Interrupted
+from ebm_prior.interrupt import Interrupted
 from ebm_prior.likelihoods import BinomialLikelihood
 from ebm_prior.testing import check_backbone
 

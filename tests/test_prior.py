@@ -148,7 +148,12 @@ def test_another_backbone_is_refused(toy, tmp_path):
         (lambda c: c["heads"].update(nef="64"), "heads.nef"),
         (lambda c: c.pop("sampler"), "sampler.transition"),
         (lambda c: c["heads"].update(nef=8, kind="both"), "does not fit|do not belong"),
-        (lambda c: c["heads"].update(ndf=10**9), "do not belong"),
+        (lambda c: c["heads"].update(ndf=10**9), "heads.ndf must lie in"),
+        (lambda c: c["heads"].update(ndf=0), "heads.ndf must lie in"),
+        (lambda c: c["heads"].update(ndf=60_000), "do not belong"),
+        (lambda c: c["sampler"].update(steps=-1), "sampler.steps must lie in"),
+        (lambda c: c["sampler"].update(step_size=math.nan), "step_size must be positive"),
+        (lambda c: c["backbone"].update(groups=[1, 2]), "groups must list"),
     ],
 )
 def test_a_damaged_configuration_is_named(toy, tmp_path, change, message):
@@ -178,6 +183,12 @@ def test_sources_that_are_not_heads_are_refused(toy, tmp_path):
         EnergyPrior.from_pretrained(tmp_path / "missing" / "folder", backbone=toy)
     with pytest.raises(EbmPriorError, match="holds no config.json"):
         EnergyPrior.from_pretrained(tmp_path, backbone=toy)
+
+
+@pytest.mark.parametrize("settings", [("pcnl", 0, 0.1), ("pcnl", 1, -1.0), ("hmc", 1, 0.1)])
+def test_wrong_sampler_settings_are_refused(settings):
+    with pytest.raises(EbmPriorError):
+        SamplerConfig(*settings)
 
 
 @pytest.mark.parametrize("settings", [dict(heads="lots"), dict(nef=0), dict(ndf=-1)])

@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 import math
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from backbones.nvae.checkpoint import (
 from backbones.nvae.network import GroupPosterior, Network, kl_divergence
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes
-from ebm_prior.fit import Interrupted
+from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.registry import check_device
 from ebm_prior.safe_load import load_torch_file
 
@@ -390,7 +389,7 @@ class _Training:
             desc="pretrain",
             disable=None if progress is None else True,
         )
-        with bar, _CtrlC() as ctrl_c:
+        with bar, CtrlC() as ctrl_c:
             while self.step < total:
                 metrics = self.one_step()
                 self.step += 1
@@ -464,27 +463,6 @@ class _Training:
         share = (self.step - rise) / max(1.0, config.iterations - rise)
         low = min(config.lr_min, config.lr)
         return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * share))
-
-
-class _CtrlC:
-    """Turns the first SIGINT into a flag, so that a step is finished before stopping."""
-
-    pressed = False
-
-    def __enter__(self) -> _CtrlC:
-        def press(*_: object) -> None:
-            self.pressed = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            self.previous = signal.signal(signal.SIGINT, press)
-        except ValueError:  # not the main thread: the caller handles interrupts
-            self.previous = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
 
 
 def _steps_per_epoch(images: int, batch_size: int) -> int:
