@@ -58,7 +58,8 @@ class FitConfig:
         reuse: Times each Gaussian-prior sample serves in the `nce` phase, on average: drawing
             them is most of an iteration's cost.
         warmup: Iterations over which the rate rises; it then falls linearly to a tenth.
-        beta2: Adam's second moment decay (first: 0.9).
+        beta1: Adam's first moment decay.
+        beta2: Adam's second moment decay.
         weight_decay: Adam's L2 penalty.
         ema: Decay of the averaged heads, which are the ones kept.
         regularizer: Weight of the squared energies in the loss.
@@ -89,6 +90,7 @@ class FitConfig:
     mle_lr: float = 1e-4
     reuse: int = 4
     warmup: int = 100
+    beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 3e-5
     ema: float = 0.99
@@ -128,10 +130,17 @@ class FitConfig:
         ):
             if getattr(self, name) < 1:
                 raise EbmPriorError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("nce_lr", "mle_lr"):
+        for name in ("nce_lr", "mle_lr", "energy_limit"):
             if not 0 < getattr(self, name) < math.inf:
                 raise EbmPriorError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("ema", "refresh", "held_out", "acceptance"):
+        for name in ("weight_decay", "regularizer", "cache_gb"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise EbmPriorError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("nce_iterations", "mle_iterations", "warmup", "pool", "draws", "rollbacks",
+                     "sample_every", "seed"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise EbmPriorError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema", "refresh", "held_out", "acceptance"):
             if not 0 <= getattr(self, name) < 1:
                 raise EbmPriorError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
@@ -293,7 +302,7 @@ class _Fit:
         self.optimizer = torch.optim.Adam(
             self.parameters,
             lr=1.0,
-            betas=(0.9, self.config.beta2),
+            betas=(self.config.beta1, self.config.beta2),
             weight_decay=self.config.weight_decay,
         )
         self.pool: Tensor | None = None  # nce: head inputs; mle: chain states
@@ -319,6 +328,13 @@ class _Fit:
                     continue
                 self.iteration += 1
                 self.total += 1
+                stopping = ctrl_c.pressed
+                saving = self.iteration % self.config.save_every == 0 or stopping
+                if (saving or self.iteration == length) and (guilty := self.spoilt()):
+                    self.roll_back(guilty)
+                    bar.n = self.iteration
+                    began = time.monotonic()
+                    continue
                 bar.update()
                 if self.iteration % self.config.log_every == 0:
                     speed = (
@@ -327,13 +343,12 @@ class _Fit:
                     began = time.monotonic()
                     bar.set_postfix(self.log(name, step, speed))
                 stop = name == "nce" and self.judge()
-                if self.iteration % self.config.save_every == 0:
+                if saving:
                     self.save()
                 if self.config.sample_every and self.total % self.config.sample_every == 0:
                     self.sample_grid()
                     began = time.monotonic()
-                if ctrl_c.pressed:
-                    self.save()
+                if stopping:
                     raise Interrupted(f"interrupted; continue with: {self.resume_command()}")
                 if stop:
                     break
@@ -445,8 +460,8 @@ class _Fit:
         """One optimizer step and one step of the average."""
         # one pass over both halves: half the kernel launches of two
         both = [torch.cat(pair) for pair in zip(positives, negatives, strict=True)]
-        energies = self.prior.energies_of(both)
-        e_pos, e_neg = energies.split([len(positives[0]), len(negatives[0])])
+        self.recent = both
+        e_pos, e_neg = self.prior.energies_of(both).chunk(2)
         loss = loss_of(e_pos, e_neg, self.config.regularizer)
         step = {
             "loss": loss.item(),
@@ -525,6 +540,13 @@ class _Fit:
         if not guilty and not math.isfinite(step["loss"]):
             guilty = ["all heads (gradient)"]
         return ", ".join(guilty)
+
+    @torch.no_grad()
+    def spoilt(self) -> str:
+        """`diverged` with the weights of the last update, before they are kept as good."""
+        e_pos, e_neg = self.prior.energies_of(self.recent).chunk(2)
+        means = {"positive": e_pos.mean(0).tolist(), "negative": e_neg.mean(0).tolist()}
+        return self.diverged(means | {"loss": 0.0})
 
     def roll_back(self, guilty: str) -> None:
         """Return to the last good state with half the learning rate and step size."""

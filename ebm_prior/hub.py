@@ -28,7 +28,7 @@ __all__ = ["from_pretrained", "push_to_hub", "read_config", "save_pretrained"]
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "heads.safetensors", "config.json", "README.md"
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?$")
 
 
 def prior_config(prior: EnergyPrior) -> dict:

@@ -69,8 +69,12 @@ def check_device(device: str | torch.device) -> torch.device:
     """Parse a device name; raise `EbmPriorError` where this machine does not have it."""
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise EbmPriorError(f"unknown device {device!r}; use cpu, cuda or cuda:1") from error
+    except RuntimeError:
+        known = False
+    else:
+        known = device.type in ("cpu", "cuda", "mps")
+    if not known:
+        raise EbmPriorError(f"unknown device {str(device)!r}; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if count == 0:

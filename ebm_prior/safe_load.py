@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["Named", "load_pickle_file", "load_torch_file", "sha256_of"]
+__all__ = ["Named", "load_pickle_file", "load_torch_file", "plain_state", "sha256_of"]
 
 
 def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
@@ -66,6 +67,34 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         raise EbmPriorError(
             f"{path} is not a readable PyTorch checkpoint (truncated or of another kind)"
         ) from error
+
+
+def plain_state(state: Mapping[Any, Any], path: Path, hint: str = "") -> dict[str, Tensor]:
+    """Weights as float32 and their flags and counts as they are, by name.
+
+    Args:
+        state: What a file holds as its state dict.
+        path: The file, for messages.
+        hint: What to add where an entry is no named tensor.
+
+    Raises:
+        EbmPriorError: If an entry is no named tensor, claims more numbers than the file
+            holds (a few bytes can be declared to be terabytes), or is not finite.
+    """
+    plain = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise EbmPriorError(f"{path}: entry {key!r} is not a named tensor{hint}")
+        stored = value.layout == torch.strided and value.device.type == "cpu"
+        if not stored or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise EbmPriorError(
+                f"{path}: weight {key} is not stored in full; use the file as its training code "
+                "wrote it"
+            )
+        plain[key] = value.float() if value.is_floating_point() else value
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise EbmPriorError(f"{path}: weight {key} is not finite; the training had diverged")
+    return plain
 
 
 @dataclass(frozen=True)

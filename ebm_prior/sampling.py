@@ -78,7 +78,8 @@ def parse_seeds(text: str) -> list[int]:
         first, _, last = part.strip().partition("-")
         try:
             low, high = int(first), int(last or first)
-        except ValueError:
+            torch.Generator().manual_seed(high)
+        except (ValueError, RuntimeError):  # no number, or beyond 64 bits
             raise EbmPriorError(
                 f"cannot read seeds {text!r}; expected a list such as 0-99 or 1,5,10-12"
             ) from None

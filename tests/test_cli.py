@@ -36,8 +36,8 @@ def run(*args, code=0):
     result = CliRunner().invoke(main, [str(a) for a in args])
     assert result.exit_code == code, (result.output, result.exception)
     if code:
-        (line,) = result.stderr.strip().splitlines()[-1:]
-        assert line.startswith("Error: ")
+        (line,) = [x for x in result.stderr.splitlines() if x.startswith("Error: ")]
+        assert result.stderr.rstrip().endswith(line)  # and nothing after it
         assert "Traceback" not in result.output
         return line
     return result.stdout
@@ -189,7 +189,15 @@ def test_resume_by_flag_or_folder(tmp_path):
     config["training"]["status"] = "running"  # as if killed before its first save
     config["sampler"]["step_size"] = 0.3
     (folder / "config.json").write_text(json.dumps(config))
-    assert "--seed 5 differs" in run("fit", "--resume", folder, "--seed", 5, code=2)
+    changes = {"--seed": 5, "--heads": "joint", "--nef": 8, "--data": "y.npz", "--limit": 9}
+    changes |= {"--transition": "langevin", "--preset": "paper"}
+    for option, value in changes.items():
+        line = run("fit", "--resume", folder, option, value, code=2)
+        assert "differs from the" in line and "keeps its settings" in line
+    run("fit", "--resume", folder, "--seed", 0, "--nef", 4, "--data", "x.npz")  # the same
+    config["training"]["status"] = "running"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "heads.safetensors").unlink()
     run("fit", "--out", folder, "--resume")
     assert (folder / "heads.safetensors").read_bytes() == weights
 
@@ -222,6 +230,19 @@ FIT = ["fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz"]
         (["evaluate", "--features", "nothing.safetensors"], 1, "nothing.safetensors"),
         (["pretrain", "--backbone", "toy", "--data", "x.npz", "--out", "y"], 1, "unknown trainer"),
         (["frobnicate"], 2, "No such command"),
+        (["sample", "--heads", "../nope"], 1, "no heads at ../nope"),
+        (["sample", "--temperature", "nan"], 2, "--temperature"),
+        (["sample", "--step-size", "inf"], 2, "--step-size"),
+        (["sample", "--seed", str(2**63)], 2, "--seed"),
+        (["sample", "--seeds", f"0,{2**64}"], 1, "cannot read seeds"),
+        (["sample", "--device", "meta"], 1, "unknown device"),
+        (["sample", "--device", "xpu"], 1, "unknown device"),
+        ([*FIT, "--weight-decay", "nan"], 2, "--weight-decay"),
+        (
+            ["pretrain", "--backbone", "nvae", "--data", "x.npz", "--out", "y", "--set", "seed=1"],
+            2,
+            "--set seed",
+        ),
     ],
 )
 def test_bad_input_gives_one_line(args, code, message):
@@ -272,8 +293,9 @@ def test_a_traceback_only_with_debug(monkeypatch):
     monkeypatch.setattr("ebm_prior.run.newest_run", broken)
     line = run("sample", code=1)
     assert line.startswith("Error: unexpected RuntimeError: first line; run again with --debug")
-    result = CliRunner().invoke(main, ["--debug", "sample"])
-    assert isinstance(result.exception, RuntimeError)
+    for arguments in (["--debug", "sample"], ["sample", "--debug"]):
+        result = CliRunner().invoke(main, arguments)
+        assert isinstance(result.exception, RuntimeError)
 
 
 def test_the_installed_command_starts():
@@ -286,10 +308,10 @@ def test_the_installed_command_starts():
 
 def test_a_checkpoint_does_not_choose_which_folder_is_read(tmp_path):
     from ebm_prior import EbmPriorError
-    from ebm_prior.cli import open_images
+    from ebm_prior.cli.options import DataChoice
 
     Image.new("L", (8, 8)).save(tmp_path / "mine.png")
     toy = ToyBackbone(size=8)
     toy.dataset = str(tmp_path)
     with pytest.raises(EbmPriorError, match="--data"):
-        open_images(None, toy, "train", resize=False)
+        DataChoice(None, resize=False).open(toy, "train")

@@ -219,6 +219,26 @@ def test_divergence_is_rolled_back_and_survived(toy, tmp_path, monkeypatch, bad)
     assert record["diverged"] == "z1" and record["iteration"] == 20
 
 
+def test_weights_that_the_last_update_spoilt_are_never_saved_as_good(toy, tmp_path, monkeypatch):
+    update, hits = _Fit.update, []
+
+    def sabotage(self, loss, positives, negatives):
+        step = update(self, loss, positives, negatives)
+        if self.total == 29 and not hits:  # the save at 30 comes next
+            hits.append(1)
+            with torch.no_grad():
+                self.prior.heads[1].layers[-1].weight.mul_(1e9)
+        return step
+
+    monkeypatch.setattr(_Fit, "update", sabotage)
+    prior = new_prior(toy)
+    result = fit(prior, mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+    assert result.rollbacks == 1
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (record,) = [r for r in log if "rollback" in r]
+    assert record["iteration"] == 20
+
+
 def test_a_rollback_halves_learning_rate_and_step(toy, tmp_path, monkeypatch):
     seen, diverged = [], _Fit.diverged
 

@@ -406,6 +406,14 @@ def poison_weight(data):
     data["state_dict"]["stem.bias"][0] = float("nan")
 
 
+def huge_weight(data):
+    data["state_dict"]["stem.bias"] = torch.zeros(1).expand(10**12)
+
+
+def sparse_weight(data):
+    data["state_dict"]["stem.bias"] = torch.zeros(4).to_sparse()
+
+
 def set_args(**values):
     def change(data):
         vars(data["args"]).update(values)
@@ -441,8 +449,14 @@ def only_string(name):
         (set_args(dataset="stacked_mnist"), "stacked_mnist"),
         (set_args(dataset=None), "name no data set"),
         (set_args(dataset="celeba_64"), "misshaped"),
-        (set_args(num_latent_scales=9), "cannot be halved"),
+        (set_args(num_latent_scales=6), "cannot be halved"),
         (set_args(num_latent_per_group=-1), "num_latent_per_group=-1"),
+        (set_args(num_groups_per_scale=10**9), "num_groups_per_scale=1000000000"),
+        (set_args(num_groups_per_scale=4000), "far larger network"),
+        (set_args(num_nf=1, num_latent_per_group=4000), "far larger network"),
+        (set_args(num_channels_enc=10**19), "num_channels_enc=10000000000000000000"),
+        (huge_weight, "stem.bias is not stored in full"),
+        (sparse_weight, "stem.bias is not stored in full"),
         (set_args(use_se="yes"), "use_se='yes'"),
         (set_args(num_x_bits=16), "at most 8 bits"),
         (set_args(num_postprocess_blocks=2), "post-processing"),

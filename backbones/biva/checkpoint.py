@@ -93,6 +93,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             )
     except EbmPriorError as error:
         raise EbmPriorError(f"{where}: {error}") from error
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise EbmPriorError(f"{where}: its sizes make no network: {error}") from error
     fill(network, state, session["model.pth"])
     dataset = config.get("dataset")
     return Checkpoint(

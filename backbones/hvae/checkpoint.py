@@ -108,6 +108,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             )
     except EbmPriorError as error:
         raise EbmPriorError(f"{where}: {error}") from error
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise EbmPriorError(f"{where}: its sizes make no network: {error}") from error
     fill(network, state, session["model_state_dict.pt"], UNUSED)
     return Checkpoint(network, image_shape, padding, likelihood, dataset)
 

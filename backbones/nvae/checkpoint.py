@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbones.nvae.network import Network, NetworkConfig
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file
+from ebm_prior.safe_load import load_torch_file, plain_state
 
 __all__ = [
     "ARCHITECTURES",
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "res_dist": False,
 }
 
+LARGEST = 4096  # of any argument: published models stay below 512
 MAY_BE_ZERO = ("num_nf", "num_preprocess_blocks", "num_postprocess_blocks")
 
 CELL_KINDS = ("enc", "dec", "pre", "post")
@@ -146,6 +147,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     args.update(vars(given) if isinstance(given, argparse.Namespace) else given)
     _check_args(args, path)
     state = _clean_state(data["state_dict"], path)
+    _check_extent(args, state, path)
     dataset = args["dataset"]
     try:
         config, likelihood = network_config(
@@ -157,6 +159,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except EbmPriorError as error:
         text = str(error)
         raise EbmPriorError(text if str(path) in text else f"{path}: {text}") from error
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise EbmPriorError(f"{path}: its args make no NVAE: {error}") from error
     _check_state(network, state, path)
     network.load_state_dict(state, assign=True)
     return Checkpoint(config, network, dataset, args["num_x_bits"], likelihood, args)
@@ -226,13 +230,30 @@ def _check_args(args: Mapping[str, Any], path: Path) -> None:
             valid = isinstance(value, bool)
         elif isinstance(default, int):
             least = 0 if key in MAY_BE_ZERO else 1
-            valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            valid = isinstance(value, int) and not isinstance(value, bool)
+            valid = valid and least <= value <= LARGEST
         else:
             valid = isinstance(value, str)
         if not valid:
             raise EbmPriorError(f"{path}: its args say {key}={value!r}, which makes no NVAE")
     if args["num_x_bits"] > 8:
         raise EbmPriorError(f"{path}: num_x_bits={args['num_x_bits']}; images have at most 8 bits")
+
+
+def _check_extent(args: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse arguments that describe far more than the file holds, before building it."""
+    blocks = args["num_preprocess_blocks"], args["num_postprocess_blocks"]
+    halvings = args["num_latent_scales"] + max(blocks)
+    per_group = args["num_nf"] + args["num_cell_per_cond_enc"] + args["num_cell_per_cond_dec"]
+    cells = sum(groups_per_scale(args)) * per_group
+    cells += blocks[0] * args["num_preprocess_cells"] + blocks[1] * args["num_postprocess_cells"]
+    # a flow's masks, which are not stored, are as large as its weights
+    masks = 54 * args["num_latent_per_group"] ** 2 if args["num_nf"] else 0
+    if halvings > 16 or cells > len(state) or masks > sum(v.numel() for v in state.values()):
+        raise EbmPriorError(
+            f"{path}: its args describe a far larger network than the {len(state)} tensors in it; "
+            "use the file as NVAE's training code wrote it"
+        )
 
 
 def _cells(
@@ -259,18 +280,15 @@ def _cells(
 
 
 def _clean_state(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Float32 weights under plain names, aliases dropped, checked to be finite."""
-    clean = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise EbmPriorError(f"{path}: state_dict entry {key!r} is not a named tensor")
-        if not key.endswith(".weight_normalized"):  # the same tensor as the key's '.weight'
-            clean[key] = value.float() if value.is_floating_point() else value
+    """Weights under plain names, aliases dropped."""
+    # `weight_normalized` is the same tensor as the key's '.weight'
+    clean = {
+        key: value
+        for key, value in plain_state(state, path).items()
+        if not key.endswith(".weight_normalized")
+    }
     if clean and all(key.startswith("module.") for key in clean):
         clean = {key.removeprefix("module."): value for key, value in clean.items()}
-    for key, value in clean.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise EbmPriorError(f"{path}: weight {key} is not finite; the training had diverged")
     return clean
 
 

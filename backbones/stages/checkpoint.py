@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbones.stages.layers import Dense, Layer, PSwish
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file
+from ebm_prior.safe_load import load_torch_file, plain_state
 
 __all__ = ["Session", "fill", "kernel_of", "open_session", "positive", "read_state"]
 
@@ -25,6 +25,9 @@ FILES = {
 """Files that a session of each family must have; the state is model.pth, model_state_dict.pt."""
 
 WEIGHTS = {"biva": "model.pth", "hvae": "model_state_dict.pt"}
+
+
+LARGEST = 1 << 16  # of any size: no model is near it, and products stay below 2**63
 
 
 class Session(dict[str, Path]):
@@ -77,8 +80,10 @@ def _other_family(path: Path, folder: Path, family: str) -> str:
 
 def positive(value: Any, what: str, path: Path) -> int:
     """`value` as a positive whole number, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise EbmPriorError(f"{path}: {what} is {value!r}, expected a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        raise EbmPriorError(
+            f"{path}: {what} is {value!r}, expected a whole number in 1..{LARGEST}"
+        )
     return value
 
 
@@ -90,17 +95,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} holds a {type(data).__name__}, not weights; the files of the folder may be "
             "swapped"
         )
-    state = {}
-    for key, value in data.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise EbmPriorError(
-                f"{path}: entry {key!r} is not a named tensor; the files of the folder may be "
-                "swapped"
-            )
-        state[key] = value.float() if value.is_floating_point() else value
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise EbmPriorError(f"{path}: weight {key} is not finite; the training had diverged")
-    return state
+    return plain_state(data, path, "; the files of the folder may be swapped")
 
 
 def kernel_of(state: Mapping[str, Tensor], layer: str) -> tuple[int, int] | None:

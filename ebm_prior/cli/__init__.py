@@ -1,0 +1,82 @@
+"""The `ebm-prior` command: one module per verb, each a thin shell over public functions."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from ebm_prior._version import __version__
+from ebm_prior.cli.evaluate import evaluate
+from ebm_prior.cli.fit import fit
+from ebm_prior.cli.pretrain import pretrain
+from ebm_prior.cli.sample import sample
+from ebm_prior.cpu import keep_freed_memory
+from ebm_prior.errors import EbmPriorError
+
+__all__ = ["main"]
+
+
+class Cli(click.Group):
+    """A group whose every failure is one line, `Error: ...`, and an exit code.
+
+    0 done, 2 wrong usage, 1 anything else; a traceback only with `--debug`.
+    """
+
+    def main(  # noqa: D102
+        self,
+        args: Any = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **extra)
+        keep_freed_memory()
+        given = list(sys.argv[1:] if args is None else args)
+        args = [arg for arg in given if arg != "--debug"]  # valid before and after the verb
+        debug = len(args) < len(given)
+        try:
+            code = super().main(args, standalone_mode=False, **extra)
+            sys.exit(code if isinstance(code, int) else 0)
+        except click.ClickException as error:
+            message, code = error.format_message(), error.exit_code
+            if isinstance(error, click.UsageError) and error.ctx is not None:
+                message += f" (see {error.ctx.command_path} --help)"
+        except (click.Abort, KeyboardInterrupt):
+            message, code = "interrupted", 1
+        except EbmPriorError as error:
+            if debug:
+                raise
+            message, code = str(error), 1
+        except OSError as error:
+            if debug:
+                raise
+            message, code = f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
+        except Exception as error:
+            if debug:
+                raise
+            text = str(error).strip().splitlines()
+            message = (
+                f"unexpected {type(error).__name__}: {text[0] if text else ''}; "
+                "run again with --debug for the traceback"
+            )
+            code = 1
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
+        sys.exit(code)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ebm-prior")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback on errors.")
+def main() -> None:
+    """Energy priors for pretrained hierarchical VAEs.
+
+    \b
+    ebm-prior fit --backbone nvae --ckpt nvae_cifar.pt
+    ebm-prior sample --steps 40
+    """
+
+
+for command in (fit, sample, evaluate, pretrain):
+    main.add_command(command)

@@ -1,0 +1,222 @@
+"""Options that several verbs share, gathered into one argument each."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ebm_prior.errors import EbmPriorError
+
+if TYPE_CHECKING:
+    from ebm_prior.backbone import Backbone
+    from ebm_prior.data import ImageSet
+    from ebm_prior.prior import EnergyPrior, SamplerConfig
+
+
+class Finite(click.FloatRange):
+    """A float range without inf and nan, which compares false with every bound."""
+
+    def convert(  # noqa: D102
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+positive = click.IntRange(min=1)
+positive_float = Finite(min=0, min_open=True)
+seed_type = click.IntRange(0, 2**62)  # seed + i must still be a seed of torch's
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def gathered(name: str, kind: type, *options: Callable) -> Callable:
+    """Decorator: these options, one per field of a dataclass, become one argument."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)  # hands on the options that are already attached
+        def gather(*args: Any, **values: Any) -> Any:
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            return command(*args, **values)
+
+        for option in reversed(options):
+            gather = option(gather)
+        return gather
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class HeadsChoice:
+    """Which heads on which backbone, on which device."""
+
+    source: str | None
+    backbone: str | None
+    ckpt: str | None
+    any_backbone: bool
+    device: str
+
+    def open(self) -> tuple[EnergyPrior, Path, dict]:
+        """Load the heads and the backbone they name; also their folder and configuration."""
+        from ebm_prior import hub
+        from ebm_prior.prior import EnergyPrior
+        from ebm_prior.registry import load_backbone
+        from ebm_prior.run import newest_run
+
+        folder = hub.resolve(self.source if self.source is not None else newest_run())
+        config = hub.read_config(folder)
+        if self.source is not None and not Path(self.source).is_dir():
+            # From the Hub: a stranger does not choose which local files are read.
+            config = {**config, "training": {}, "backbone": {**config["backbone"], "path": None}}
+        ckpt = self.ckpt or config["backbone"].get("path")
+        if not ckpt:
+            raise EbmPriorError(
+                f"{self.source} does not say where its backbone is; give the checkpoint with "
+                "--ckpt"
+            )
+        backbone = load_backbone(self.backbone or config["backbone"]["name"], ckpt, self.device)
+        prior = EnergyPrior.from_pretrained(
+            folder, backbone=backbone, check_backbone=not self.any_backbone
+        )
+        return prior, folder, config
+
+
+heads_options = gathered(
+    "heads",
+    HeadsChoice,
+    click.option(
+        "--heads",
+        "source",
+        metavar="SOURCE",
+        help="Run folder, saved folder or Hub id [default: newest finished run under runs/].",
+    ),
+    click.option("--backbone", help="Backbone family [default: what the heads say]."),
+    click.option(
+        "--ckpt", metavar="PATH", help="Backbone checkpoint [default: where the run found it]."
+    ),
+    click.option(
+        "--any-backbone",
+        is_flag=True,
+        help="Accept a checkpoint other than the one the heads were fitted on.",
+    ),
+    device_option,
+)
+
+
+@dataclass(frozen=True)
+class ChainChoice:
+    """How to run the chains."""
+
+    steps: int | None
+    step_size: float | None
+    transition: str | None
+    temperature: float
+    readjust_bn: bool
+    batch_size: int
+
+    def config(self, prior: EnergyPrior) -> SamplerConfig:
+        """The settings stored with the heads, with the given ones in their place."""
+        from ebm_prior.prior import SamplerConfig
+
+        stored = prior.sampler
+        if self.transition not in (None, stored.transition) and self.step_size is None:
+            raise click.UsageError(
+                f"the stored step size belongs to {stored.transition}; give --step-size too"
+            )
+        return SamplerConfig(
+            self.transition or stored.transition,
+            self.steps or stored.steps,
+            self.step_size or stored.step_size,
+        )
+
+    def readjust(self, backbone: Backbone) -> None:
+        """Adjust batch-norm statistics where asked for and possible."""
+        if not self.readjust_bn:
+            return
+        if not hasattr(backbone, "readjust_batchnorm"):
+            raise click.UsageError(f"--readjust-bn: {backbone.name} has no batch-norm statistics")
+        import torch
+
+        backbone.readjust_batchnorm(self.temperature, generator=torch.Generator().manual_seed(0))
+
+
+chain_options = gathered(
+    "chain",
+    ChainChoice,
+    click.option("--steps", type=positive, help="Transitions [default: stored with the heads]."),
+    click.option(
+        "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
+    ),
+    click.option(
+        "--transition",
+        type=click.Choice(["langevin", "pcnl"]),
+        help="The paper's step, or the Metropolis-adjusted one [default: stored].",
+    ),
+    click.option(
+        "--temperature",
+        type=positive_float,
+        default=1.0,
+        show_default=True,
+        help="Multiplies every prior sigma.",
+    ),
+    click.option(
+        "--readjust-bn",
+        is_flag=True,
+        help="Recompute batch-norm statistics at this temperature (NVAE).",
+    ),
+    click.option(
+        "--batch-size", type=positive, default=100, show_default=True, help="Chains at a time."
+    ),
+)
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which images."""
+
+    data: str | None
+    resize: bool
+
+    def open(self, backbone: Backbone, split: str, limit: int | None = None) -> ImageSet:
+        """Images of the named source, or of the data set the backbone was trained on."""
+        from ebm_prior.data import load_images
+
+        return load_images(
+            self.source(backbone),
+            split=split,
+            shape=backbone.image_shape,
+            resize=self.resize,
+            limit=limit,
+        )
+
+    def source(self, backbone: Backbone) -> str:
+        """Name or path of the images."""
+        if self.data:
+            return self.data
+        # only a name: a checkpoint does not choose which local files are read
+        if not backbone.dataset or not re.fullmatch(r"[\w-]+", backbone.dataset):
+            raise EbmPriorError("the checkpoint does not name its data set; give one with --data")
+        return backbone.dataset
+
+
+data_options = gathered(
+    "data",
+    DataChoice,
+    click.option(
+        "--data",
+        metavar="DATA",
+        help="Data set name, or image folder, zip, .npz or LMDB [default: as the backbone].",
+    ),
+    click.option("--resize", is_flag=True, help="Resize, crop or convert images that do not fit."),
+)

@@ -1,0 +1,157 @@
+"""`ebm-prior sample`: images of the energy prior."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ebm_prior.cli.options import (
+    ChainChoice,
+    HeadsChoice,
+    chain_options,
+    heads_options,
+    positive,
+    seed_type,
+)
+
+if TYPE_CHECKING:
+    from ebm_prior.prior import EnergyPrior
+
+
+@click.command()
+@heads_options
+@chain_options
+@click.option("-n", "--number", "n", type=positive, default=64, show_default=True)
+@click.option(
+    "--seed",
+    type=seed_type,
+    default=0,
+    show_default=True,
+    help="Image i uses seed + i.",
+)
+@click.option(
+    "--seeds",
+    metavar="LIST",
+    help="Seeds such as 0-49999 or 1,5,10-12, in place of -n and --seed.",
+)
+@click.option(
+    "--out",
+    metavar="PATH",
+    help="A .png grid, a folder or .zip of PNGs, or .npz [default: a grid in the run].",
+)
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Also the Gaussian prior's images from the same "
+    "noise: beside the grid, or in a second output.",
+)
+@click.option("--trajectory", metavar="PNG", help="Also write the transition strip of 8 chains.")
+def sample(
+    heads: HeadsChoice,
+    chain: ChainChoice,
+    n: int,
+    seed: int,
+    seeds: str | None,
+    out: str | None,
+    compare: bool,
+    trajectory: str | None,
+) -> None:
+    """Draw images from the energy prior.
+
+    \b
+    ebm-prior sample --steps 40
+    ebm-prior sample --heads runs/mine -n 50000 --out samples.zip
+    ebm-prior sample --seeds 0-15 --compare --trajectory strip.png
+    """
+    from contextlib import ExitStack
+
+    import torch
+
+    from ebm_prior.files import check_writable
+    from ebm_prior.images import ImageWriter, labelled_rows, save_png, to_uint8
+    from ebm_prior.sampling import parse_seeds, seeded_batches
+
+    seed_list = parse_seeds(seeds) if seeds is not None else list(range(seed, seed + n))
+    prior, folder, _ = heads.open()
+    config, temperature = chain.config(prior), chain.temperature
+    chain.readjust(prior.backbone)
+    if out is None:
+        samples = folder / "samples" if (folder / "samples").is_dir() else Path()
+        out = str(samples / f"steps{config.steps}-seed{seed_list[0]}.png")
+    path = Path(out)
+    beside = compare and path.suffix == ".png"  # both in one picture
+    for picture in ([path] if beside else []) + ([Path(trajectory)] if trajectory else []):
+        check_writable(picture)
+    before, after = [], []
+    strip = Strip(prior, config.steps, temperature) if trajectory else None
+    with ExitStack() as stack:
+        writers = []
+        if not beside:
+            writers.append(stack.enter_context(ImageWriter(path, len(seed_list), seed_list)))
+            if compare:
+                second = path.with_name(f"{path.stem}-gaussian{path.suffix}")
+                writers.append(stack.enter_context(ImageWriter(second, len(seed_list), seed_list)))
+        for batch in seeded_batches(
+            prior,
+            seed_list,
+            config,
+            batch_size=chain.batch_size,
+            temperature=temperature,
+            callback=strip,
+        ):
+            if strip is not None:
+                strip.close(batch.start)
+            images = to_uint8(prior.images(batch.end, temperature))
+            gaussian = to_uint8(prior.images(batch.start, temperature)) if compare else None
+            if beside:
+                before.append(gaussian)
+                after.append(images)
+            else:
+                for writer, pictures in zip(writers, (images, gaussian), strict=False):
+                    writer.add(pictures)
+    if beside:
+        rows = [
+            ("Gaussian prior", torch.cat(before)),
+            (f"energy prior, {config.steps} steps", torch.cat(after)),
+        ]
+        save_png(path, labelled_rows(rows, columns=min(len(seed_list), 16)))
+    if strip is not None:
+        save_png(Path(trajectory), strip.picture())
+        click.echo(f"transition strip -> {trajectory}")
+    click.echo(f"{len(seed_list)} images -> {path}")
+
+
+class Strip:
+    """Collects the transition strip (Fig. 5): the first chains along their way."""
+
+    chains, columns = 8, 9
+
+    def __init__(self, prior: EnergyPrior, steps: int, temperature: float) -> None:
+        self.prior, self.temperature = prior, temperature
+        shown = min(self.columns, steps)
+        self.at = {round(steps * (i + 1) / shown) for i in range(shown)}
+        self.rows: dict[int, Any] = {}
+        self.closed = False
+
+    def __call__(self, info: Any) -> None:
+        """Take a picture at the chosen steps of the first batch."""
+        if not self.closed and info.step in self.at:
+            self.rows[info.step] = self.images(info.eps)
+
+    def close(self, start: Any) -> None:
+        """Add the start, once the first batch is done."""
+        if not self.closed:
+            self.rows = {0: self.images(start), **self.rows}
+            self.closed = True
+
+    def images(self, eps: Any) -> Any:
+        """Pictures of the first chains."""
+        return self.prior.images([e[: self.chains] for e in eps], self.temperature)
+
+    def picture(self) -> Any:
+        """One labelled row per recorded step."""
+        from ebm_prior.images import labelled_rows, to_uint8
+
+        return labelled_rows([(f"step {k}", to_uint8(x)) for k, x in self.rows.items()])
