@@ -108,6 +108,19 @@ def test_sampling_is_reproducible_from_a_generator(toy):
     assert draw(1).shape == (3, 1, 4, 4) and 0 <= draw(1).min() and draw(1).max() <= 1
 
 
+@pytest.mark.parametrize("transition", ["pcnl", "langevin"])
+def test_sampling_works_in_inference_mode(toy, transition):
+    prior = EnergyPrior.for_backbone(toy, heads="both", nef=4, ndf=6)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return prior.sample(3, 4, 0.1, generator=generator, transition=transition)
+
+    want = draw()
+    with torch.inference_mode():
+        assert torch.equal(draw(), want)
+
+
 def test_backbone_stays_frozen_and_in_eval_mode(toy):
     prior = EnergyPrior.for_backbone(toy).train()
     assert not any(m.training for m in toy.modules()) and prior.heads.training
