@@ -1,70 +1,67 @@
-"""Heads on disk and on the Hugging Face Hub: safetensors + JSON, nothing that can run.
+"""Heads on disk and on the Hugging Face Hub: save, load, pull, push.
 
-A folder of heads holds `heads.safetensors`, `config.json` and a model card `README.md`.
-A run folder holds the same first two files, so either may be a `source`.
+Everything that travels is described in `ebm_prior.saved`. From the Hub only the files named
+there are asked for, the small ones first: the configuration is fetched and checked, then it
+says how large the weights may be, then they are fetched and checked.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone
+from ebm_prior.card import model_card
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes, write_json, write_text
+from ebm_prior.safe_load import sha256_of
+from ebm_prior.saved import (
+    BACKBONE,
+    CARD,
+    CONFIG,
+    MAX_CONFIG,
+    WEIGHTS,
+    check_config,
+    check_fits,
+    check_size,
+    heads_bytes,
+    prior_config,
+    read_config,
+    read_weights,
+    shareable,
+)
 
 if TYPE_CHECKING:
     from ebm_prior.prior import EnergyPrior
 
-__all__ = ["from_pretrained", "push_to_hub", "read_config", "save_pretrained"]
+__all__ = [
+    "HeadsSource", "from_pretrained", "is_hub_id", "open_source", "pull", "push_files",
+    "push_to_hub", "save_pretrained",
+]  # fmt: skip
 
-FORMAT_VERSION = 1
-WEIGHTS, CONFIG, CARD = "heads.safetensors", "config.json", "README.md"
-HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?$")
-
-
-def prior_config(prior: EnergyPrior) -> dict:
-    """Everything needed to rebuild the heads and recognise their backbone."""
-    backbone = prior.backbone
-    return {
-        "format_version": FORMAT_VERSION,
-        "library": f"ebm-prior {__version__}",
-        "backbone": {
-            "name": backbone.name,
-            "dataset": backbone.dataset,
-            "checkpoint": Path(backbone.checkpoint).name,
-            "sha256": backbone.sha256,
-            "groups": [[group.name, list(group.shape)] for group in backbone.groups],
-            "feature_shape": list(backbone.feature_shape),
-            "image_shape": list(backbone.image_shape),
-        },
-        **prior.config(),
-    }
-
-
-def heads_bytes(prior: EnergyPrior) -> bytes:
-    """The heads' weights as a safetensors file."""
-    return save({k: v.detach().cpu().contiguous() for k, v in prior.heads.state_dict().items()})
+LOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+PAUSES = (1, 2, 4)  # seconds before a broken call is made again
+PATIENCE = 10  # seconds
+T = TypeVar("T")
 
 
 def save_pretrained(
-    prior: EnergyPrior, directory: str | Path, training: dict | None = None
-) -> None:
-    """Write weights, configuration and, if there is none yet, a model card.
-
-    Args:
-        prior: Heads to store.
-        directory: Created if needed.
-        training: Settings and results to record under `training` in the configuration.
-    """
+    prior: EnergyPrior,
+    directory: str | Path,
+    training: dict | None = None,
+    *,
+    repo_id: str | None = None,
+    push_to_hub: bool = False,
+    **push_options: Any,
+) -> str | None:
+    """See `EnergyPrior.save_pretrained`."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,24 +72,27 @@ def save_pretrained(
     write_json(directory / CONFIG, config)
     if not (directory / CARD).exists():
         write_text(directory / CARD, model_card(config))
+    if push_to_hub:
+        return prior.push_to_hub(repo_id or directory.name, training=training, **push_options)
+    return None
 
 
 def from_pretrained(
     cls: type[EnergyPrior],
-    source: str | Path,
+    source: str | Path | HeadsSource,
     *,
     backbone: Backbone,
     check_backbone: bool = True,
-    **hub_options: object,
+    **hub_options: Any,
 ) -> EnergyPrior:
     """See `EnergyPrior.from_pretrained`."""
     from ebm_prior.prior import SamplerConfig
 
-    folder = resolve(source, **hub_options)
-    config = read_config(folder)
-    check_fits(config, backbone, source, check_backbone)
-    heads, sampler = config["heads"], config["sampler"]
-    check_size(folder / WEIGHTS, backbone, **{k: heads[k] for k in ("kind", "nef", "ndf")})
+    if not isinstance(source, HeadsSource):
+        source = open_source(source, **hub_options)
+    check_fits(source.config, backbone, source.name, check_backbone)
+    state = read_weights(source.weights(), source.config)
+    heads, sampler = source.config["heads"], source.config["sampler"]
     prior = cls(
         backbone,
         heads["kind"],
@@ -100,195 +100,447 @@ def from_pretrained(
         heads["ndf"],
         SamplerConfig(sampler["transition"], sampler["steps"], float(sampler["step_size"])),
     )
-    load_weights(prior, folder / WEIGHTS)
+    prior.heads.load_state_dict(state)
     return prior
 
 
-def resolve(source: str | Path, **hub_options: object) -> Path:
-    """Local folder of a source, downloading the three known files of a Hub id."""
-    folder = Path(source)
+class HeadsSource:
+    """Heads in a local folder: their configuration, checked; their files when asked for.
+
+    Attributes:
+        name: As the user wrote it.
+        folder: Where the files are.
+        config: The checked configuration.
+    """
+
+    def __init__(self, name: str, folder: Path, config: dict) -> None:
+        self.name, self.folder, self.config = name, folder, config
+
+    def weights(self) -> Path:
+        """Path of `heads.safetensors`; its size fits the configuration."""
+        return self.folder / WEIGHTS
+
+    def backbone(self) -> Path | None:
+        """Path of the backbone stored beside the heads, or None if there is none.
+
+        Raises:
+            EbmPriorError: If it is not the one that the configuration names.
+        """
+        path, converted = self.folder / BACKBONE, self.config["backbone"].get("converted")
+        if converted is None or not path.is_file():
+            return None
+        if path.stat().st_size != converted["size"] or sha256_of(path) != converted["sha256"]:
+            raise EbmPriorError(
+                f"{path} is not the backbone that its {CONFIG} names; give the checkpoint with "
+                "--ckpt"
+            )
+        return path
+
+    def card(self) -> str | None:
+        """Text of the model card, or None."""
+        path = self.folder / CARD
+        return path.read_text(errors="replace") if path.is_file() else None
+
+
+class _HubSource(HeadsSource):
+    """Heads in a repository; files come into the Hub's cache one by one, sizes checked first."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.repo_id, self.options = name, options
+        where = f"{name}/{CONFIG}"
+        path = self.fetch(CONFIG, MAX_CONFIG)
+        # every other file comes from the commit that this one came from
+        self.options = {**options, "revision": path.parent.name}
+        super().__init__(name, path.parent, shareable(check_config(path.read_bytes(), where)))
+
+    def fetch(self, filename: str, limit: int | None = None, check: Any = None) -> Path:
+        """Local path of one file, which is fetched only if its size passes."""
+        from huggingface_hub import hf_hub_download
+
+        def ask(**more: Any) -> Any:
+            return _call(
+                lambda: hf_hub_download(
+                    self.repo_id,
+                    filename,
+                    library_name="ebm-prior",
+                    library_version=__version__,
+                    **self.options,
+                    **more,
+                ),
+                self.repo_id,
+                f"fetch {filename} of {self.repo_id}",
+            )
+
+        size = ask(dry_run=True).file_size
+        where = f"{self.repo_id}/{filename}"
+        if size is None:
+            raise EbmPriorError(f"{where}: the Hub does not say how large it is; not fetched")
+        if limit is not None and size > limit:
+            raise EbmPriorError(f"{where} has {size} bytes, at most {limit} are read; not fetched")
+        if check is not None:
+            check(size)
+        return Path(ask())
+
+    def weights(self) -> Path:
+        where = f"{self.name}/{WEIGHTS}"
+        return self.fetch(WEIGHTS, check=lambda size: check_size(size, self.config, where))
+
+    def backbone(self) -> Path | None:
+        converted = self.config["backbone"].get("converted")
+        if converted is None:
+            return None
+        self.fetch(BACKBONE, converted["size"])
+        return super().backbone()
+
+    def card(self) -> str | None:
+        try:
+            return self.fetch(CARD, MAX_CONFIG).read_text(errors="replace")
+        except EbmPriorError:  # heads without a card are still heads
+            return None
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text could name a repository on the Hub: user/name or user/name@revision."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repo_id, at, revision = text.partition("@")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        return False
+    return repo_id.count("/") == 1 and bool(revision) == bool(at)
+
+
+def open_source(source: str | Path, **hub_options: Any) -> HeadsSource:
+    """Find heads and check their configuration; the weights are not touched yet.
+
+    Args:
+        source: A saved folder, a run folder or a Hub id, `user/name` or `user/name@revision`.
+        hub_options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`,
+            as everywhere in `huggingface_hub`.
+
+    Raises:
+        EbmPriorError: If there is no such source or its configuration is wrong.
+    """
+    unknown = hub_options.keys() - set(LOAD_OPTIONS)
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    name, folder = str(source), Path(source)
     if folder.is_dir():
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise EbmPriorError(f"{folder} holds no {name}; it is not a folder of heads")
-        return folder
-    if not HUB_ID.match(str(source)) or folder.exists():
+        for file in (CONFIG, WEIGHTS):
+            if not (folder / file).is_file():
+                raise EbmPriorError(f"{folder} holds no {file}; it is not a folder of heads")
+        config = read_config(folder)
+        check_size((folder / WEIGHTS).stat().st_size, config, folder / WEIGHTS)
+        return HeadsSource(name, folder, config)
+    if folder.exists() or not is_hub_id(name):
         raise EbmPriorError(
-            f"no heads at {source}: expected a saved folder, a run folder or a Hub id user/name"
+            f"no heads at {name}: expected a saved folder, a run folder or a Hub id user/name"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repo_id, _, revision = str(source).partition("@")
+    repo_id, _, revision = name.partition("@")
     if revision:
+        if hub_options.get("revision") not in (None, revision):
+            raise EbmPriorError(
+                f"{name} and revision={hub_options['revision']!r} contradict; give one revision"
+            )
         hub_options["revision"] = revision
-    try:
-        folder = snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD], **hub_options)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise EbmPriorError(f"cannot fetch {source} from the Hub: {line}") from error
-    return resolve(folder)
+    return _HubSource(repo_id, **hub_options)
 
 
-def read_config(folder: Path) -> dict:
-    """Read and check `config.json` of a folder of heads."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise EbmPriorError(f"{folder} holds no {CONFIG}; it is not a folder of heads") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise EbmPriorError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise EbmPriorError(f"{path}: expected a JSON object")
-    version = config.get("format_version")
-    if not isinstance(version, int):
-        raise EbmPriorError(f"{path}: field format_version is missing or no number")
-    if version > FORMAT_VERSION:
+def pull(
+    repo_id: str, out: str | Path | None = None, *, with_backbone: bool = False, **hub_options: Any
+) -> Path:
+    """Fetch heads from the Hub and check them in full.
+
+    Args:
+        repo_id: Hub id, `user/name` or `user/name@revision`.
+        out: Folder to write them to; the Hub's cache alone by default.
+        with_backbone: Fetch the backbone that the repository holds, too.
+        hub_options: As for `open_source`.
+
+    Returns:
+        The folder that holds them: `out`, or the one in the cache.
+
+    Raises:
+        EbmPriorError: If anything is missing or wrong; `out` then holds no heads.
+    """
+    source = open_source(repo_id, **hub_options)
+    if not isinstance(source, _HubSource):
+        raise EbmPriorError(f"{repo_id} is a local folder already; nothing to pull")
+    weights, card = source.weights(), source.card()
+    read_weights(weights, source.config)
+    backbone = source.backbone() if with_backbone else None
+    if with_backbone and backbone is None:
         raise EbmPriorError(
-            f"{path} has format version {version}, this library reads up to {FORMAT_VERSION}; "
-            "update with: pip install -U ebm-prior"
+            f"{repo_id} holds no backbone; get the checkpoint from its authors"
+            + _where(source.config["backbone"])
         )
-    fields = {
-        "heads": {"kind": str, "nef": int, "ndf": int},
-        "sampler": {"transition": str, "steps": int, "step_size": (int, float)},
-        "backbone": {"name": str, "sha256": str, "groups": list, "feature_shape": list},
-    }
-    for section, keys in fields.items():
-        for key, kind in keys.items():
-            value = config.get(section, {})
-            value = value.get(key) if isinstance(value, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise EbmPriorError(f"{path}: field {section}.{key} is missing or of a wrong type")
-    limits = {("heads", "nef"): 1 << 16, ("heads", "ndf"): 1 << 16, ("sampler", "steps"): 1 << 24}
-    for (section, key), limit in limits.items():
-        if not 1 <= config[section][key] <= limit:
-            raise EbmPriorError(f"{path}: field {section}.{key} must lie in 1..{limit}")
-    if not 0 < config["sampler"]["step_size"] < 1e6:
-        raise EbmPriorError(f"{path}: field sampler.step_size must be positive and below 1e6")
-    for group in config["backbone"]["groups"]:
-        if not (isinstance(group, list) and len(group) == 2 and isinstance(group[1], list)):
-            raise EbmPriorError(f"{path}: field backbone.groups must list [name, shape] pairs")
-    return config
+    if out is None:
+        return source.folder
+    out = Path(out)
+    if (out / CONFIG).exists() or (out.exists() and not out.is_dir()):
+        raise EbmPriorError(f"{out} already holds heads or is no folder; choose another --out")
+    # the configuration last: without it a folder is none of heads
+    if backbone is not None:
+        write_bytes(out / BACKBONE, backbone.read_bytes())
+    write_bytes(out / WEIGHTS, weights.read_bytes())
+    if card is not None:
+        write_text(out / CARD, card)
+    write_json(out / CONFIG, source.config)
+    return out
 
 
-def check_fits(config: dict, backbone: Backbone, source: object, check_hash: bool) -> None:
-    """Refuse heads that were fitted on another backbone."""
-    stored = config["backbone"]
-    groups = [[group.name, list(group.shape)] for group in backbone.groups]
-    if stored["groups"] != groups or stored["feature_shape"] != list(backbone.feature_shape):
-        theirs = " ".join("x".join(map(str, shape)) for _, shape in stored["groups"])
-        ours = " ".join("x".join(map(str, shape)) for _, shape in groups)
-        raise EbmPriorError(
-            f"{source} was fitted on another backbone: its groups are {theirs}, "
-            f"this backbone's are {ours}"
-        )
-    if check_hash and stored["sha256"] != backbone.sha256:
-        raise EbmPriorError(
-            f"{source} was fitted on a checkpoint with SHA-256 {stored['sha256'][:12]}..., this "
-            f"one has {backbone.sha256[:12]}...; give the right checkpoint, or allow it with "
-            "--any-backbone (check_backbone=False)"
-        )
+def _where(backbone: dict) -> str:
+    return f": {backbone['source']}" if backbone.get("source") else ""
 
 
-def check_size(path: Path, backbone: Backbone, kind: str, nef: int, ndf: int) -> None:
-    """Refuse a file too small or too large for its configuration, before memory is taken."""
-    from ebm_prior.heads import EnergyHead
-    from ebm_prior.prior import head_shapes
-
-    with torch.device("meta"):
-        heads = [EnergyHead(s, nef, ndf) for s in head_shapes(backbone, kind).values()]
-    tensors = [tensor for head in heads for tensor in head.parameters()]
-    numbers = sum(tensor.numel() for tensor in tensors)
-    size, header = path.stat().st_size, 256 * len(tensors) + 4096
-    if not 2 * numbers <= size <= 8 * numbers + header:  # half to double precision
-        raise EbmPriorError(
-            f"{path} has {size} bytes, which cannot be the {numbers} parameters that its "
-            f"{CONFIG} describes; the two do not belong together"
-        )
-
-
-def load_weights(prior: EnergyPrior, path: Path) -> None:
-    """Load a safetensors file into the heads; shapes, types and finiteness are checked."""
-    expected = prior.heads.state_dict()
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise EbmPriorError(f"{path} is not a readable safetensors file: {error}") from error
-    wrong = [
-        k
-        for k in sorted(state.keys() | expected.keys())
-        if k not in state or k not in expected or state[k].shape != expected[k].shape
-    ]
-    if wrong:
-        raise EbmPriorError(f"{path} does not fit its {CONFIG}: {', '.join(wrong[:3])}")
-    for key, tensor in state.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise EbmPriorError(f"{path}: {key} holds values that are no finite numbers")
-    prior.heads.load_state_dict(state)
-
-
-def push_to_hub(prior: EnergyPrior, repo_id: str, **hub_options: object) -> str:
-    """See `EnergyPrior.push_to_hub`. Options: `private`, `token`, `commit_message`."""
-    with TemporaryDirectory() as folder:
-        save_pretrained(prior, folder)
-        return push_folder(folder, repo_id, **hub_options)
-
-
-def push_folder(
-    folder: str | Path,
+def push_to_hub(
+    prior: EnergyPrior,
     repo_id: str,
     *,
-    private: bool = False,
-    token: str | None = None,
+    training: dict | None = None,
+    license: str | None = None,
+    backbone_source: str | None = None,
+    backbone_license: str | None = None,
+    pictures: bool = True,
+    **push_options: Any,
+) -> str:
+    """See `EnergyPrior.push_to_hub`."""
+    from ebm_prior.pictures import card_pictures
+
+    check_can_push(repo_id, push_options.get("token"))
+    config = prior_config(prior) | ({"training": training} if training else {})
+    state_facts(config, license, backbone_source, backbone_license)
+    drawn = card_pictures(prior) if pictures else {}
+    return push_files(heads_bytes(prior), config, repo_id, drawn, **push_options)
+
+
+def state_facts(
+    config: dict,
+    license: str | None = None,
+    backbone_source: str | None = None,
+    backbone_license: str | None = None,
+) -> None:
+    """Write into a configuration what only its owner knows; None leaves a field as it is.
+
+    Args:
+        config: Changed in place.
+        license: Licence of the heads, a Hub identifier such as `mit`.
+        backbone_source: Where the backbone is to be had: a Hub id, a URL or a description.
+        backbone_license: Licence of the backbone.
+    """
+    if license is not None:
+        config["license"] = license
+    if backbone_source is not None:
+        config["backbone"]["source"] = backbone_source
+    if backbone_license is not None:
+        config["backbone"]["license"] = backbone_license
+
+
+def push_files(
+    weights: bytes,
+    config: dict,
+    repo_id: str,
+    pictures: Mapping[str, bytes],
+    *,
+    card: str | None = None,
+    backbone: bytes | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
     commit_message: str = "Upload energy heads",
 ) -> str:
-    """Upload the known files of a folder of heads; returns the repository's URL."""
+    """Upload heads with their card in one commit: all of it appears, or nothing.
+
+    Args:
+        weights: Contents of `heads.safetensors`.
+        config: Checked configuration; local paths are left out of what is uploaded.
+        repo_id: `user/name`; created if there is none.
+        pictures: PNG files for the card by path in the repository.
+        card: A card to use in place of the generated one.
+        backbone: Contents of `backbone.safetensors`, named in `config`.
+        private: Visibility of a new repository; the account's default if None.
+        token: Access token; by default the one of `hf auth login` or `HF_TOKEN`.
+        branch: Branch to commit to, created if there is none; `main` by default.
+        create_pr: Open a pull request in place of committing.
+        commit_message: Message of the commit.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        EbmPriorError: If the Hub cannot be reached or refuses; nothing is published then.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    check_can_push(repo_id, token)
+    config = shareable(config)
+    text = model_card(config, repo_id, pictures) if card is None else card
+    check_card(text)
     api = HfApi(token=token, library_name="ebm-prior", library_version=__version__)
-    try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=str(folder),
-            commit_message=commit_message,
-            allow_patterns=[WEIGHTS, CONFIG, CARD, "samples/*.png"],
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_bytes(root / WEIGHTS, weights)
+        write_json(root / CONFIG, config)
+        write_text(root / CARD, text)
+        for name, data in pictures.items():
+            write_bytes(root / name, data)
+        if backbone is not None:
+            write_bytes(root / BACKBONE, backbone)
+
+        def call(function: Callable[[], T]) -> T:
+            return _call(function, repo_id, f"push to {repo_id}")
+
+        call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if branch is not None and not branch.startswith("refs/"):
+            call(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+        info = call(
+            lambda: api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+            )
         )
-    except LocalTokenNotFoundError as error:
-        raise EbmPriorError("no Hub token; log in with: hf auth login") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise EbmPriorError(f"cannot push to {repo_id}: {line}") from error
-    return str(url)
+    return str(info.pr_url or info.commit_url)
 
 
-def model_card(config: dict) -> str:
-    """Model card with Hub metadata; holds nothing that is not in the configuration."""
-    from huggingface_hub import ModelCardData
+def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Raise `EbmPriorError` now, rather than after drawing pictures, if a push cannot work."""
+    from huggingface_hub import constants, get_token
 
-    backbone, heads, sampler = config["backbone"], config["heads"], config["sampler"]
-    data = ModelCardData(
-        library_name="ebm-prior",
-        tags=["energy-based-model", "vae", backbone["name"]],
-        datasets=[backbone["dataset"]] if backbone.get("dataset") else None,
+    if not is_hub_id(repo_id) or "@" in repo_id:
+        raise EbmPriorError(f"{repo_id!r} is no name of a repository; give user/name")
+    if constants.is_offline_mode():
+        raise EbmPriorError("HF_HUB_OFFLINE is set; unset it to push")
+    if not isinstance(token, str) and (token is False or get_token() is None):
+        raise EbmPriorError(
+            "no Hub token; log in with: hf auth login (or set HF_TOKEN, or give --token)"
+        )
+
+
+def check_card(text: str) -> None:
+    """Refuse a model card whose metadata block is missing, unreadable or wrong.
+
+    Raises:
+        EbmPriorError: Names the field that is missing.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        # strict about the block itself, so that a typo is an error and not an empty table
+        data = ModelCard(text).data.to_dict() if text.lstrip().startswith("---") else {}
+    except Exception as error:  # any YAML error
+        line = " ".join(str(error).split())
+        raise EbmPriorError(f"the metadata of the model card cannot be read: {line}") from error
+    for field in ("library_name", "license", "tags"):
+        if not data.get(field):
+            raise EbmPriorError(
+                f"the model card's metadata lack {field}; a card starts with a block between "
+                "two lines --- that holds library_name, license and tags"
+            )
+
+
+def _call(function: Callable[[], T], repo_id: str, doing: str) -> T:
+    """Call the Hub's client; make broken calls again, turn errors into one line.
+
+    The client repeats requests that the Hub answers with 429 or 5xx, and resumes downloads.
+    What it leaves to its caller are connections that break at other points.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    for pause in (*PAUSES, None):
+        started = time.monotonic()
+        try:
+            with _bars_on_terminals_only():
+                return function()
+        except EbmPriorError:
+            raise
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+            if isinstance(cause, HfHubHTTPError):
+                again = cause.response is not None and cause.response.status_code >= 500
+            elif isinstance(cause, HTTPError):  # where nothing answers, waiting is no use
+                again = type(cause).__name__ not in ("ConnectError", "ConnectTimeout")
+            else:  # a download that is too short, an error page in place of an answer
+                short = "Consistency check failed" in str(cause)
+                again = short or isinstance(cause, json.JSONDecodeError)
+            # what took long to fail, the client has tried again and again already
+            if not again or pause is None or time.monotonic() - started > PATIENCE:
+                raise EbmPriorError(_explain(cause, repo_id, doing)) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """The client draws bars into pipes, too, and leaves them unfinished on errors."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
     )
-    return f"""---
-{data.to_yaml()}
----
-# Energy heads for {backbone["name"]} on {backbone.get("dataset") or "unnamed data"}
 
-Heads: {heads["kind"]}, nef {heads["nef"]}, ndf {heads["ndf"]}. Sampled with
-{sampler["steps"]} {sampler["transition"]} steps of size {sampler["step_size"]:.4g}.
-The backbone is not part of this repository: `{backbone.get("checkpoint")}`, SHA-256
-`{backbone["sha256"]}`.
+    terminal = sys.stderr.isatty()
+    silence = not terminal and not are_progress_bars_disabled()
+    if silence:
+        disable_progress_bars()
+    try:
+        yield
+    except BaseException:
+        if terminal:
+            print(file=sys.stderr)  # the message goes below the bar
+        raise
+    finally:
+        if silence:
+            enable_progress_bars()
 
-```python
-import ebm_prior
 
-backbone = ebm_prior.load_backbone("{backbone["name"]}", "{backbone.get("checkpoint")}")
-prior = ebm_prior.EnergyPrior.from_pretrained("user/name", backbone=backbone)
-images = prior.sample(16)
-```
-"""
+def _explain(error: BaseException, repo_id: str, doing: str) -> str:
+    """One line that says what went wrong at the Hub and what to do."""
+    from huggingface_hub import constants, errors
+
+    at = constants.ENDPOINT
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo_id} is gated: accept its conditions at {at}/{repo_id}, then log in"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"cannot {doing}: there is no such revision, branch or tag in {repo_id}"
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return (
+            f"cannot {doing}: the repository holds no such file. Heads are {CONFIG} and "
+            f"{WEIGHTS}; nothing else is read, pickles least of all"
+        )
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        return f"cannot {doing}: the Hub refused the token; log in again with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"no heads at {repo_id}: there is no such local folder, and {at} has no repository "
+            "of that name, or a private one; log in with: hf auth login"
+        )
+    if status == 403:
+        return (
+            f"cannot {doing}: the token may not do that; use one with write access to "
+            f"{repo_id.split('/')[0]}"
+        )
+    if status == 409 or status == 412:
+        return f"cannot {doing}: somebody else changed it at the same time; run this again"
+    if status == 429:
+        return f"cannot {doing}: too many requests; wait a few minutes and run this again"
+    if status is not None and status >= 500:
+        return f"cannot {doing}: the Hub is in trouble (HTTP {status}); run this again later"
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        if constants.is_offline_mode():
+            return f"cannot {doing}: it is not in the cache, and HF_HUB_OFFLINE is set"
+        if error.__cause__ is None:
+            return f"cannot {doing}: it is not in the cache, and local_files_only is set"
+        return _explain(error.__cause__, repo_id, doing)
+    if status is None and isinstance(error, errors.HTTPError):
+        return f"cannot {doing}: {at} cannot be reached; check the connection and run this again"
+    if isinstance(error, json.JSONDecodeError):
+        return f"cannot {doing}: {at} does not answer as a Hub does; run this again later"
+    return f"cannot {doing}: {' '.join(str(error).split())}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import atomic_write, check_writable, write_bytes
 
-__all__ = ["ImageWriter", "grid", "labelled_rows", "save_png", "to_uint8"]
+__all__ = ["ImageWriter", "grid", "labelled_rows", "png_bytes", "save_png", "to_uint8"]
 
 MIN_WIDTH = 800  # pixels; narrower grids are enlarged by a whole factor
 MAX_ENLARGED = 128  # pixels; no image is enlarged beyond this
@@ -111,7 +111,8 @@ def _pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
 
 
-def _png(image: Tensor) -> bytes:
+def png_bytes(image: Tensor) -> bytes:
+    """One picture (C, H, W), uint8 or float in [0, 1], as a PNG file."""
     buffer = io.BytesIO()
     _pil(image).save(buffer, "PNG")
     return buffer.getvalue()
@@ -119,7 +120,7 @@ def _png(image: Tensor) -> bytes:
 
 def save_png(path: str | Path, image: Tensor) -> None:
     """Write one picture (C, H, W), uint8 or float in [0, 1], atomically."""
-    write_bytes(path, _png(image))
+    write_bytes(path, png_bytes(image))
 
 
 class ImageWriter:
@@ -184,7 +185,7 @@ class ImageWriter:
             self._start(images)
         for image in images:
             if self.form == ".zip":
-                self._zip.writestr(self._name(), _png(image))
+                self._zip.writestr(self._name(), png_bytes(image))
             elif self.form == "":
                 save_png(self.path / self._name(), image)
             self.added += 1

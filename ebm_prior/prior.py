@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,20 @@ class SamplerConfig:
         check_settings(self.steps, self.step_size)
 
 
-def head_shapes(backbone: Backbone, kind: str) -> dict[str, tuple[int, ...]]:
-    """Name and input shape of every head of a kind (`factorized`, `joint` or `both`)."""
+def head_shapes(
+    groups: Iterable[tuple[str, Sequence[int]]], feature_shape: Sequence[int], kind: str
+) -> dict[str, tuple[int, ...]]:
+    """Name and input shape of every head of a kind (`factorized`, `joint` or `both`).
+
+    Args:
+        groups: Name and shape of every latent group.
+        feature_shape: Shape of the backbone's features.
+        kind: Which heads.
+    """
     if kind not in HEAD_KINDS:
         raise EbmPriorError(f"heads must be one of {', '.join(HEAD_KINDS)}, got {kind!r}")
-    shapes = {g.name: g.shape for g in backbone.groups} if kind != "joint" else {}
-    return shapes if kind == "factorized" else {**shapes, "joint": backbone.feature_shape}
+    shapes = {name: tuple(shape) for name, shape in groups} if kind != "joint" else {}
+    return shapes if kind == "factorized" else {**shapes, "joint": tuple(feature_shape)}
 
 
 class EnergyPrior(nn.Module):
@@ -75,7 +84,8 @@ class EnergyPrior(nn.Module):
         sampler: SamplerConfig | None = None,
     ) -> None:
         super().__init__()
-        inputs = head_shapes(backbone, heads)
+        groups = [(group.name, group.shape) for group in backbone.groups]
+        inputs = head_shapes(groups, backbone.feature_shape, heads)
         if nef < 1 or ndf < 1:
             raise EbmPriorError(f"nef and ndf must be at least 1, got {nef} and {ndf}")
         self.backbone = backbone.freeze()
@@ -243,34 +253,65 @@ class EnergyPrior(nn.Module):
             "sampler": asdict(self.sampler),
         }
 
-    def save_pretrained(self, directory: str | Path, **kwargs: object) -> None:
-        """Write `heads.safetensors`, `config.json` and a model card into a folder."""
-        hub.save_pretrained(self, directory, **kwargs)
+    def save_pretrained(self, directory: str | Path, **options: Any) -> str | None:
+        """Write `heads.safetensors`, `config.json` and, if there is none, a model card.
+
+        Args:
+            directory: Created if needed.
+            options: `training`, settings and results to record in the configuration;
+                `push_to_hub=True` with `repo_id` and any option of `push_to_hub`.
+
+        Returns:
+            What `push_to_hub` returns, if it was asked for.
+        """
+        return hub.save_pretrained(self, directory, **options)
 
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | hub.HeadsSource,
         *,
         backbone: Backbone,
         check_backbone: bool = True,
-        **hub_options: object,
+        **hub_options: Any,
     ) -> EnergyPrior:
         """Load heads from a saved folder, a run folder or a Hub id (`name@revision`).
+
+        Only JSON and safetensors are read, and only after their sizes, fields, shapes and
+        values have been checked.
 
         Args:
             source: Where the heads are.
             backbone: The backbone they were fitted on.
             check_backbone: Refuse a backbone whose SHA-256 differs from the stored one.
-            hub_options: Passed to `huggingface_hub` (`revision`, `token`, `cache_dir`, ...).
+            hub_options: `revision`, `token`, `cache_dir`, `force_download` and
+                `local_files_only`, as everywhere in `huggingface_hub`.
+
+        Raises:
+            EbmPriorError: If there are no heads, they are damaged or of a later format, or
+                they were fitted on another backbone.
         """
         return hub.from_pretrained(
             cls, source, backbone=backbone, check_backbone=check_backbone, **hub_options
         )
 
-    def push_to_hub(self, repo_id: str, **hub_options: object) -> str:
-        """Upload heads, configuration and card to the Hugging Face Hub; returns the URL."""
-        return hub.push_to_hub(self, repo_id, **hub_options)
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload heads, configuration and model card to the Hugging Face Hub, in one commit.
+
+        Args:
+            repo_id: `user/name`; created if there is none.
+            options: `private`, `token`, `branch`, `create_pr`, `commit_message` as everywhere
+                in `huggingface_hub`; `training` as for `save_pretrained`; for the card
+                `license`, `backbone_source`, `backbone_license`, and `pictures=False` to
+                leave out the sample grids, which are drawn first.
+
+        Returns:
+            URL of the commit or pull request.
+
+        Raises:
+            EbmPriorError: If the Hub cannot be reached or refuses; nothing is published then.
+        """
+        return hub.push_to_hub(self, repo_id, **options)
 
     def extra_repr(self) -> str:
         """Head kind and sampler, for `print(prior)`."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes, write_json, write_text
-from ebm_prior.hub import CONFIG, WEIGHTS
+from ebm_prior.saved import CONFIG, WEIGHTS
 
 __all__ = ["RunFolder", "newest_run"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import pickle
 import warnings
 import zipfile
@@ -12,9 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
+
+FORMAT_KEY = "ebm_prior_checkpoint"  # of the metadata of a checkpoint in safetensors
 
 __all__ = ["Named", "load_pickle_file", "load_torch_file", "plain_state", "sha256_of"]
 
@@ -23,7 +28,7 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     """`torch.load` on the CPU with `weights_only=True` and an explicit allow-list.
 
     Args:
-        path: File written by `torch.save`.
+        path: File written by `torch.save`, or converted by `ebm_prior.convert`.
         allowed: Classes that may be rebuilt besides tensors and plain containers.
 
     Raises:
@@ -37,6 +42,8 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         raise EbmPriorError(f"{path} is a folder, expected a checkpoint file")
     if path.stat().st_size == 0:
         raise EbmPriorError(f"{path} is empty; download or copy it again")
+    if path.suffix == ".safetensors":
+        return _load_converted(path)
     try:
         # torch.save never compresses: what does is a bomb, and inflating it takes the memory.
         if zipfile.is_zipfile(path):
@@ -67,6 +74,34 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         raise EbmPriorError(
             f"{path} is not a readable PyTorch checkpoint (truncated or of another kind)"
         ) from error
+
+
+def _load_converted(path: Path) -> Any:
+    """What a checkpoint was before `ebm_prior.convert` made safetensors of it."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(FORMAT_KEY)
+            if text is None:
+                raise EbmPriorError(f"{path} is no converted checkpoint: it holds bare tensors")
+            return _decode(json.loads(text), file)
+    except EbmPriorError:
+        raise
+    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
+        raise EbmPriorError(f"{path} is damaged: {error}; fetch it again") from error
+
+
+def _decode(node: Any, file: Any) -> Any:
+    ((kind, value),) = node.items() if isinstance(node, dict) else (("", None),)
+    if kind == "tensor" and isinstance(value, str):
+        return file.get_tensor(value)
+    if kind in ("table", "namespace") and isinstance(value, dict):
+        table = {key: _decode(entry, file) for key, entry in value.items()}
+        return argparse.Namespace(**table) if kind == "namespace" else table
+    if kind == "list" and isinstance(value, list):
+        return [_decode(entry, file) for entry in value]
+    if kind == "value" and not isinstance(value, (dict, list)):
+        return value
+    raise ValueError(f"unknown entry {kind!r}")
 
 
 def plain_state(state: Mapping[Any, Any], path: Path, hint: str = "") -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import click
 from ebm_prior._version import __version__
 from ebm_prior.cli.evaluate import evaluate
 from ebm_prior.cli.fit import fit
+from ebm_prior.cli.hub import pull, push
 from ebm_prior.cli.pretrain import pretrain
 from ebm_prior.cli.sample import sample
 from ebm_prior.cpu import keep_freed_memory
@@ -78,5 +79,5 @@ def main() -> None:
     """
 
 
-for command in (fit, sample, evaluate, pretrain):
+for command in (fit, sample, evaluate, pretrain, push, pull):
     main.add_command(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
@@ -46,6 +47,11 @@ from ebm_prior.cli.options import (
     type=click.Path(),
     help="pytorch-fid's weights file, in place of its download.",
 )
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Store the result with the heads, where push finds it for the model card.",
+)
 @json_option
 def evaluate(
     heads: HeadsChoice,
@@ -55,6 +61,7 @@ def evaluate(
     seed: int,
     features: str | None,
     inception_weights: str | None,
+    record: bool,
     as_json: bool,
 ) -> None:
     """Compare Gaussian prior, energy prior and reconstructions with held-out images.
@@ -62,11 +69,16 @@ def evaluate(
     \b
     ebm-prior evaluate
     ebm-prior evaluate --heads runs/mine --data cifar10 -n 50000 --json
+    ebm-prior evaluate --heads runs/mine --record
     """
     from ebm_prior.evaluate import evaluate as measure
+    from ebm_prior.files import write_json
     from ebm_prior.metrics import load_features
+    from ebm_prior.saved import CONFIG
 
-    prior, _, config = heads.open()
+    prior, folder, config = heads.open()
+    if record and heads.source is not None and not Path(heads.source).is_dir():
+        raise click.UsageError("--record needs heads in a local folder: pull them with --out")
     backbone, sampler = prior.backbone, chain.config(prior)
     network = load_features(
         features,
@@ -93,4 +105,8 @@ def evaluate(
         seed=seed,
         batch_size=chain.batch_size,
     )
+    if record:
+        found = {"data": Path(data.source(backbone)).name, "features_option": features}
+        config.setdefault("training", {})["evaluation"] = result.to_dict() | found
+        write_json(folder / CONFIG, config)
     click.echo(json.dumps(result.to_dict()) if as_json else result.table())

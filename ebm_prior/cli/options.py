@@ -74,22 +74,20 @@ class HeadsChoice:
         from ebm_prior.registry import load_backbone
         from ebm_prior.run import newest_run
 
-        folder = hub.resolve(self.source if self.source is not None else newest_run())
-        config = hub.read_config(folder)
-        if self.source is not None and not Path(self.source).is_dir():
-            # From the Hub: a stranger does not choose which local files are read.
-            config = {**config, "training": {}, "backbone": {**config["backbone"], "path": None}}
-        ckpt = self.ckpt or config["backbone"].get("path")
+        source = hub.open_source(self.source if self.source is not None else newest_run())
+        stored = source.config["backbone"]
+        ckpt = self.ckpt or stored.get("path") or source.backbone()
         if not ckpt:
+            at = f" ({stored['source']})" if stored.get("source") else ""
             raise EbmPriorError(
-                f"{self.source} does not say where its backbone is; give the checkpoint with "
-                "--ckpt"
+                f"{self.source} does not come with its backbone {stored.get('checkpoint')}{at}; "
+                "give the checkpoint with --ckpt"
             )
-        backbone = load_backbone(self.backbone or config["backbone"]["name"], ckpt, self.device)
+        backbone = load_backbone(self.backbone or stored["name"], ckpt, self.device)
         prior = EnergyPrior.from_pretrained(
-            folder, backbone=backbone, check_backbone=not self.any_backbone
+            source, backbone=backbone, check_backbone=not self.any_backbone
         )
-        return prior, folder, config
+        return prior, source.folder, source.config
 
 
 heads_options = gathered(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +14,6 @@ from ebm_prior.cli.options import (
     positive,
     seed_type,
 )
-
-if TYPE_CHECKING:
-    from ebm_prior.prior import EnergyPrior
 
 
 @click.command()
@@ -67,10 +63,9 @@ def sample(
     """
     from contextlib import ExitStack
 
-    import torch
-
     from ebm_prior.files import check_writable
-    from ebm_prior.images import ImageWriter, labelled_rows, save_png, to_uint8
+    from ebm_prior.images import ImageWriter, save_png, to_uint8
+    from ebm_prior.pictures import Strip, before_after
     from ebm_prior.sampling import parse_seeds, seeded_batches
 
     seed_list = parse_seeds(seeds) if seeds is not None else list(range(seed, seed + n))
@@ -112,46 +107,8 @@ def sample(
                 for writer, pictures in zip(writers, (images, gaussian), strict=False):
                     writer.add(pictures)
     if beside:
-        rows = [
-            ("Gaussian prior", torch.cat(before)),
-            (f"energy prior, {config.steps} steps", torch.cat(after)),
-        ]
-        save_png(path, labelled_rows(rows, columns=min(len(seed_list), 16)))
+        save_png(path, before_after(before, after, config.steps))
     if strip is not None:
         save_png(Path(trajectory), strip.picture())
         click.echo(f"transition strip -> {trajectory}")
     click.echo(f"{len(seed_list)} images -> {path}")
-
-
-class Strip:
-    """Collects the transition strip (Fig. 5): the first chains along their way."""
-
-    chains, columns = 8, 9
-
-    def __init__(self, prior: EnergyPrior, steps: int, temperature: float) -> None:
-        self.prior, self.temperature = prior, temperature
-        shown = min(self.columns, steps)
-        self.at = {round(steps * (i + 1) / shown) for i in range(shown)}
-        self.rows: dict[int, Any] = {}
-        self.closed = False
-
-    def __call__(self, info: Any) -> None:
-        """Take a picture at the chosen steps of the first batch."""
-        if not self.closed and info.step in self.at:
-            self.rows[info.step] = self.images(info.eps)
-
-    def close(self, start: Any) -> None:
-        """Add the start, once the first batch is done."""
-        if not self.closed:
-            self.rows = {0: self.images(start), **self.rows}
-            self.closed = True
-
-    def images(self, eps: Any) -> Any:
-        """Pictures of the first chains."""
-        return self.prior.images([e[: self.chains] for e in eps], self.temperature)
-
-    def picture(self) -> Any:
-        """One labelled row per recorded step."""
-        from ebm_prior.images import labelled_rows, to_uint8
-
-        return labelled_rows([(f"step {k}", to_uint8(x)) for k, x in self.rows.items()])

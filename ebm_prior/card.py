@@ -1,0 +1,345 @@
+"""The model card of fitted heads: made from their configuration, so it says what was measured."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from ebm_prior.saved import BACKBONE
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+__all__ = ["model_card"]
+
+PAPER = "https://arxiv.org/abs/2306.06323"
+HUB_DATASETS = {
+    "celeba": "flwrlabs/celeba",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "mnist": "ylecun/mnist",
+    "svhn": "ufldl-stanford/svhn",
+}
+"""Hub ids of the data sets that have one; others are named in the text alone."""
+
+
+def model_card(config: dict, repo_id: str | None = None, pictures: Collection[str] = ()) -> str:
+    """Markdown with the Hub's metadata block.
+
+    Nothing is in it that is not in the configuration: without a recorded evaluation there
+    are no numbers, without pictures no pictures.
+
+    Args:
+        config: Checked configuration of the heads, without local paths.
+        repo_id: Where the heads will be, for the commands.
+        pictures: Paths of the pictures beside the card.
+    """
+    parts = [
+        _metadata(config, repo_id),
+        _title(config),
+        _pictures(config, pictures),
+        _usage(config, repo_id or "user/name"),
+        _backbone(config),
+        _results(config),
+        _reproduction(config, repo_id or "user/name", bool(pictures)),
+        _limits(config),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(config: dict, repo_id: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    backbone = config["backbone"]
+    dataset = HUB_DATASETS.get(backbone.get("dataset") or "")
+    results = _eval_results(config)
+    data = ModelCardData(
+        library_name="ebm-prior",
+        license=config.get("license") or "unknown",
+        tags=["energy-based-model", "vae", "image-generation", backbone["name"]],
+        datasets=[dataset] if dataset else None,
+        base_model=_hub_id(backbone.get("source")),
+        model_name=(repo_id or _name(config)).split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _hub_id(source: str | None) -> str | None:
+    """The Hub id that a backbone's location is, or None for a URL or a description."""
+    return source if source and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) else None
+
+
+def _name(config: dict) -> str:
+    return f"{config['backbone']['name']}-{config['backbone'].get('dataset') or 'unnamed'}"
+
+
+def _evaluation(config: dict) -> dict | None:
+    """The recorded evaluation if it is complete; a card shows a table or none."""
+    found = config.get("training", {}).get("evaluation")
+    try:
+        for prior in ("gaussian", "energy", "reconstruction"):
+            quality = found[prior]
+            numbers = [quality[key] for key in ("frechet", "precision", "recall", "n")]
+            if not all(isinstance(value, (int, float)) for value in numbers):
+                return None
+            if not isinstance(quality["features"], str):
+                return None
+        if not isinstance(found["gap_closed"], float):
+            return None
+    except (KeyError, TypeError):
+        return None
+    return found
+
+
+def _eval_results(config: dict) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    found = _evaluation(config)
+    if found is None:
+        return []
+    data = found.get("data") or config["backbone"].get("dataset") or "unnamed"
+    energy = found["energy"]
+    measured = f"{energy['features']} features, {energy['n']} samples"
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            task_name="Image generation",
+            dataset_type=HUB_DATASETS.get(data, data),
+            dataset_name=data,
+            dataset_split="test",
+            metric_type=kind,
+            metric_name=f"{name} ({measured})",
+            metric_value=round(value, 4),
+        )
+        for kind, name, value in (
+            ("frechet-distance", "Fréchet distance", energy["frechet"]),
+            ("precision", "Precision", energy["precision"]),
+            ("recall", "Recall", energy["recall"]),
+            ("gap-closed", "Share of the gap closed", found["gap_closed"]),
+        )
+    ]
+
+
+def _title(config: dict) -> str:
+    backbone, heads, sampler = config["backbone"], config["heads"], config["sampler"]
+    return f"""# Energy heads for {backbone["name"]} on {backbone.get("dataset") or "unnamed data"}
+
+Small networks that tilt the Gaussian prior of a pretrained, frozen hierarchical VAE:
+p(z) ∝ exp(-E(z)) · p_VAE(z), after [Cui, Wu and Han (CVPR 2023)]({PAPER}). The backbone's
+weights are untouched. Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}; sampled
+with {sampler["steps"]} `{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
+
+
+def _pictures(config: dict, pictures: Collection[str]) -> str:
+    from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
+
+    steps, shown = config["sampler"]["steps"], []
+    if BEFORE_AFTER in pictures:
+        shown.append(
+            f"![Samples before and after]({BEFORE_AFTER})\n\n*The same noise (seeds "
+            f"{CARD_SEEDS[0]} to {CARD_SEEDS[-1]}, none left out): the Gaussian prior, then "
+            f"{steps} steps of the energy prior.*"
+        )
+    if TRANSITION in pictures:
+        shown.append(
+            f"![Chains on their way]({TRANSITION})\n\n*The first eight chains: each column is "
+            "one, time runs downwards.*"
+        )
+    return "\n\n".join(shown)
+
+
+def _checkpoint(config: dict) -> str:
+    return config["backbone"].get("checkpoint") or "checkpoint.pt"
+
+
+def _usage(config: dict, repo_id: str) -> str:
+    backbone = config["backbone"]
+    if backbone.get("converted"):
+        fetch = f"ebm-prior pull {repo_id} --with-backbone --out heads\n"
+        ckpt, own, source = f"heads/{BACKBONE}", "", "heads"
+    else:
+        fetch, ckpt, source = "", _checkpoint(config), repo_id
+        own = f" --ckpt {shlex.quote(ckpt)}"
+    return f"""## Use
+
+```bash
+pip install ebm-prior
+{fetch}ebm-prior sample --heads {source}{own} --steps {config["sampler"]["steps"]}
+```
+
+```python
+import ebm_prior
+
+backbone = ebm_prior.load_backbone("{backbone["name"]}", "{ckpt}")
+prior = ebm_prior.EnergyPrior.from_pretrained("{source}", backbone=backbone)
+images = prior.sample(16)  # (16, C, H, W) in [0, 1]
+```"""
+
+
+def _backbone(config: dict) -> str:
+    backbone = config["backbone"]
+    source = backbone.get("source")
+    where = f"[{source}](https://huggingface.co/{source})" if _hub_id(source) else source
+    lines = [
+        "## Backbone",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| family | {backbone['name']} |",
+        f"| data set | {backbone.get('dataset') or 'not recorded'} |",
+        f"| checkpoint | `{_checkpoint(config)}` |",
+        f"| SHA-256 | `{backbone['sha256'] or 'none'}` |",
+        f"| where to get it | {where or 'not recorded'} |",
+        f"| licence | {backbone.get('license') or 'not recorded'} |",
+    ]
+    if converted := backbone.get("converted"):
+        lines += [
+            f"| in this repository | `{BACKBONE}`, the same weights as safetensors, SHA-256 "
+            f"`{converted['sha256']}` |"
+        ]
+        return "\n".join(lines)
+    return "\n".join([*lines, "", "It is not part of this repository."])
+
+
+def _results(config: dict) -> str:
+    found = _evaluation(config)
+    if found is None:
+        return ""
+    energy = found["energy"]
+    rows = []
+    for key, name in (
+        ("gaussian", "Gaussian prior"),
+        ("energy", "energy prior"),
+        ("reconstruction", "reconstructions (floor)"),
+    ):
+        q = found[key]
+        numbers = f"{q['frechet']:.2f} | {q['precision']:.3f} | {q['recall']:.3f} | {q['n']}"
+        rows.append(f"| {name} | {numbers} |")
+    data = found.get("data") or config["backbone"].get("dataset") or "the data set"
+    held_out = found.get("reference_images")
+    against = f"{held_out} held-out images of {data}" if held_out else f"held-out images of {data}"
+    return "\n".join(
+        [
+            "## Results",
+            "",
+            f"Against {against}, on the features of: {energy['features']}. Distances compare",
+            "only on the same features and with as many samples.",
+            "",
+            "| | Fréchet distance | precision | recall | samples |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Share of the gap between Gaussian prior and reconstructions that is closed: "
+            f"{found['gap_closed']:.2f}.",
+        ]
+    )
+
+
+def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
+    from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
+
+    ckpt = shlex.quote(_checkpoint(config))
+    commands, remarks = [], ""
+    if isinstance(config.get("training", {}).get("fit"), dict):
+        command, unsettable = fit_command(config)
+        commands.append(command)
+        if unsettable:
+            remarks = f"\n\nSet from Python (`FitConfig`): {', '.join(unsettable)}."
+    if pictures:
+        commands.append(
+            f"ebm-prior sample --heads {repo_id} --ckpt {ckpt} "
+            f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare "
+            f"--out {BEFORE_AFTER} --trajectory {TRANSITION}"
+        )
+    if _evaluation(config):
+        commands.append(evaluate_command(config, repo_id))
+    if not commands:
+        return ""
+    result = config["training"].get("result") if "training" in config else None
+    if isinstance(result, dict) and isinstance(result.get("iterations"), int):
+        remarks = f"\n\nThe fit stopped after {result['iterations']} iterations." + remarks
+    return "## Reproduce\n\n```bash\n" + "\n".join(commands) + "\n```" + remarks
+
+
+def fit_command(config: dict) -> tuple[str, list[str]]:
+    """The command that repeats a recorded fit, and settings that it has no option for.
+
+    Settings at their default are left out.
+    """
+    from ebm_prior.cli.fit import fit
+    from ebm_prior.fit import FitConfig
+
+    training, heads, sampler = config["training"], config["heads"], config["sampler"]
+    options = {parameter.name: parameter.opts[0] for parameter in fit.params}
+    args = ["--backbone", config["backbone"]["name"], "--ckpt", _checkpoint(config)]
+    data = training.get("data")
+    if isinstance(data, dict):
+        args += ["--data", str(data["source"])]
+        args += ["--resize"] if data.get("resize") else []
+        args += ["--limit", str(data["limit"])] if data.get("limit") else []
+    for name, value, default in (
+        ("kind", heads["kind"], "joint"),
+        ("nef", heads["nef"], 64),
+        ("ndf", heads["ndf"], 200),
+        ("transition", sampler["transition"], "pcnl"),
+        ("sample_steps", sampler["steps"], 40),
+    ):
+        if value != default:
+            args += [options[name], str(value)]
+    if sampler["transition"] == "langevin":  # pcnl tunes its step size while fitting
+        args += ["--step-size", repr(sampler["step_size"])]
+    unsettable = []
+    for field in fields(FitConfig):
+        value = training["fit"].get(field.name, field.default)
+        if value == field.default or type(value) not in (int, float, str):
+            continue
+        if field.name in options:
+            args += [options[field.name], str(value)]
+        else:
+            unsettable.append(f"`{field.name}={value!r}`")
+    return "ebm-prior fit " + shlex.join(args), unsettable
+
+
+def evaluate_command(config: dict, repo_id: str) -> str:
+    """The command that repeats a recorded evaluation."""
+    found, stored = _evaluation(config), config["sampler"]
+    args = ["--heads", repo_id, "--ckpt", _checkpoint(config), "-n", str(found["energy"]["n"])]
+    if found.get("data") and found["data"] != config["backbone"].get("dataset"):
+        args += ["--data", str(found["data"])]
+    if found.get("features_option"):
+        args += ["--features", str(found["features_option"])]
+    used = found.get("sampler")
+    if isinstance(used, dict) and used != stored:
+        for option, key in (
+            ("--transition", "transition"), ("--steps", "steps"), ("--step-size", "step_size"),
+        ):  # fmt: skip
+            args += [option, str(used.get(key))]
+    for option, key, default in (("--temperature", "temperature", 1.0), ("--seed", "seed", 0)):
+        if found.get(key, default) != default:
+            args += [option, str(found[key])]
+    return "ebm-prior evaluate " + shlex.join(args)
+
+
+def _limits(config: dict) -> str:
+    backbone = config["backbone"]
+    lines = [
+        "## Limits and licence",
+        "",
+        "* The heads fit this backbone alone; loading them on a checkpoint with another SHA-256 "
+        "is refused.",
+    ]
+    if _evaluation(config) is None:
+        lines.append("* No evaluation is recorded with these heads.")
+    else:
+        lines.append("* Nothing was measured beyond the table above.")
+    licence = backbone.get("license")
+    lines.append(
+        f"* Licence of the heads: {config.get('license') or 'not stated'}. Licence of the "
+        f"backbone: {licence or 'not recorded'}; whatever is made with both is bound by both."
+    )
+    return "\n".join(lines)
