@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import FORMAT_KEY, load_torch_file, sha256_of
+from ebm_prior.heads import EnergyHead
+from ebm_prior.safe_load import FORMAT_KEY, load_torch_file, plain_state, sha256_of
 
-__all__ = ["converted_backbone", "to_safetensors"]
+if TYPE_CHECKING:
+    from ebm_prior.backbone import Backbone
+    from ebm_prior.prior import EnergyPrior, SamplerConfig
 
+__all__ = ["converted_backbone", "import_heads", "to_safetensors"]
+
+WIDTHS = ("conv2d.conv1.weight", "linear.fc1.weight")  # nef and ndf rows
 TRAINING_ONLY = {"optimizer", "scheduler", "grad_scalar"}
 OPEN = {
     "afl-3.0", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0",
@@ -107,3 +114,90 @@ def to_safetensors(path: str | Path) -> bytes:
     with torch.no_grad():
         structure = json.dumps(encode(data))
     return save(tensors, {FORMAT_KEY: structure})
+
+
+def import_heads(path: str | Path, backbone: Backbone, sampler: SamplerConfig) -> EnergyPrior:
+    """Heads from a file of the paper authors' public training code, without running it.
+
+    The file holds one state dict per latent group, `netE0` for the top group and onwards,
+    with `conv2d.conv1`, ..., `linear.fc1`, ..., `linear.out` inside, and optimizer states
+    beside them, which are left out. Their networks return f = -E, so the last layer
+    changes its sign. Widths are read off the weights.
+
+    Args:
+        path: The `.pth` file.
+        backbone: The backbone the heads were trained on. The file does not say which; the
+            number and shapes of its groups are all that can be checked.
+        sampler: Settings to store; the file holds none.
+
+    Raises:
+        EbmPriorError: If it is another kind of file, damaged, or does not fit the backbone.
+    """
+    from ebm_prior.prior import EnergyPrior
+
+    path = Path(path)
+    data = load_torch_file(path)
+    found = [key for key in data if re.fullmatch(r"netE\d+", str(key))] if _is_table(data) else []
+    if not found:
+        raise EbmPriorError(f"{path} holds no heads netE0, netE1, ... of the authors' code")
+    if len(found) != len(backbone.groups):
+        raise EbmPriorError(
+            f"{path} holds {len(found)} heads, this backbone has {len(backbone.groups)} groups"
+        )
+    states = []
+    for i, group in enumerate(backbone.groups):
+        state = data.get(f"netE{i}")
+        if not _is_table(state):
+            raise EbmPriorError(f"{path} holds no state dict netE{i}")
+        state = {str(k).removeprefix("module."): v for k, v in plain_state(state, path).items()}
+        if not {"conv2d.conv1.weight", "linear.fc1.weight"} <= state.keys():
+            raise EbmPriorError(
+                f"{path}: netE{i} ({group.name}) has no conv2d.conv1 or linear.fc1"
+            )
+        states.append(state)
+    nef, ndf = (len(states[0][k]) for k in ("conv2d.conv1.weight", "linear.fc1.weight"))
+    with torch.device("meta"):
+        shapes = [EnergyHead(group.shape, nef, ndf) for group in backbone.groups]
+    for i, (state, head) in enumerate(zip(states, shapes, strict=True)):
+        _check_layout(state, head, f"{path}: netE{i} ({backbone.groups[i].name})")
+    prior = EnergyPrior.for_backbone(backbone, "factorized", nef, ndf, sampler)
+    for state, head in zip(states, prior.heads, strict=True):
+        names = _their_names(head)
+        head.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+        with torch.no_grad():
+            for parameter in head.layers[-1].parameters():
+                parameter.neg_()
+    return prior
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _their_names(head: EnergyHead) -> dict[str, str]:
+    """Name in the authors' layout of every parameter of a head."""
+    names, convs, linears = {}, 0, 0
+    for i, layer in enumerate(head.layers):
+        if isinstance(layer, nn.Conv2d):
+            convs += 1
+            theirs = f"conv2d.conv{convs}"
+        elif isinstance(layer, nn.Linear):
+            linears += 1
+            theirs = "linear.out" if i == len(head.layers) - 1 else f"linear.fc{linears}"
+        else:
+            continue
+        names |= {f"layers.{i}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+    return names
+
+
+def _check_layout(state: Mapping[str, Tensor], head: EnergyHead, where: str) -> None:
+    """Refuse a state dict that is not that of a head of this shape."""
+    names = _their_names(head)
+    expected = {names[ours]: tensor.shape for ours, tensor in head.state_dict().items()}
+    wrong = sorted(expected.keys() ^ state.keys())
+    wrong += [k for k in sorted(expected.keys() & state.keys()) if state[k].shape != expected[k]]
+    if wrong:
+        size = "x".join(map(str, head.shape))
+        raise EbmPriorError(
+            f"{where} does not fit a group of {size}: {', '.join(map(str, wrong[:3]))}"
+        )

@@ -64,7 +64,9 @@ def _inside(world, monkeypatch):
     monkeypatch.chdir(world)
 
 
-@pytest.mark.parametrize("command", ["", "fit", "sample", "evaluate", "pretrain", "push", "pull"])
+@pytest.mark.parametrize(
+    "command", ["", "fit", "sample", "evaluate", "pretrain", "push", "pull", "import"]
+)
 def test_help_has_an_example(command):
     text = run(*command.split(), "--help")
     assert f"ebm-prior {command}" in text

@@ -11,6 +11,7 @@ from ebm_prior._version import __version__
 from ebm_prior.cli.evaluate import evaluate
 from ebm_prior.cli.fit import fit
 from ebm_prior.cli.hub import pull, push
+from ebm_prior.cli.import_heads import import_heads
 from ebm_prior.cli.pretrain import pretrain
 from ebm_prior.cli.sample import sample
 from ebm_prior.cpu import keep_freed_memory
@@ -79,5 +80,5 @@ def main() -> None:
     """
 
 
-for command in (fit, sample, evaluate, pretrain, push, pull):
+for command in (fit, sample, evaluate, pretrain, push, pull, import_heads):
     main.add_command(command)
