@@ -129,10 +129,12 @@ def _title(config: dict) -> str:
     backbone, heads, sampler = config["backbone"], config["heads"], config["sampler"]
     return f"""# Energy heads for {backbone["name"]} on {backbone.get("dataset") or "unnamed data"}
 
-Small networks that tilt the Gaussian prior of a pretrained, frozen hierarchical VAE:
-p(z) ∝ exp(-E(z)) · p_VAE(z), after [Cui, Wu and Han (CVPR 2023)]({PAPER}). The backbone's
-weights are untouched. Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}; sampled
-with {sampler["steps"]} `{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
+Small networks for `ebm-prior` that tilt the Gaussian prior of a pretrained, frozen
+hierarchical VAE: p(z) ∝ exp(-E(z)) · p_VAE(z), after
+[Cui, Wu and Han (CVPR 2023)]({PAPER}). The backbone's weights are untouched.
+
+Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}. Sampler: {sampler["steps"]}
+`{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
 
 
 def _pictures(config: dict, pictures: Collection[str]) -> str:

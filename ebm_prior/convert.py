@@ -33,12 +33,12 @@ OPEN = {
 """Licences, by their Hub identifier, that let anybody pass a checkpoint on."""
 
 
-def converted_backbone(config: dict, ckpt: str | Path | None = None) -> bytes:
+def converted_backbone(config: dict, path: Path) -> bytes:
     """The backbone of some heads as a safetensors file, noted in their configuration.
 
     Args:
         config: Configuration of the heads; `backbone.converted` is added.
-        ckpt: The checkpoint; by default where the run found it.
+        path: The checkpoint.
 
     Raises:
         EbmPriorError: If it is another checkpoint, is not one file, or its licence is not
@@ -47,9 +47,6 @@ def converted_backbone(config: dict, ckpt: str | Path | None = None) -> bytes:
     import hashlib
 
     backbone = config["backbone"]
-    path = Path(ckpt or backbone.get("path") or "")
-    if ckpt is None and not backbone.get("path"):
-        raise EbmPriorError("it is not known where the backbone is; give it with --ckpt")
     if not path.is_file():
         raise EbmPriorError(
             f"{path} is no single file; only backbones that are one can be pushed, such as NVAE's"

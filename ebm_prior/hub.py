@@ -120,21 +120,40 @@ class HeadsSource:
         """Path of `heads.safetensors`; its size fits the configuration."""
         return self.folder / WEIGHTS
 
-    def backbone(self) -> Path | None:
-        """Path of the backbone stored beside the heads, or None if there is none.
+    def checkpoint(self, given: str | Path | None = None) -> Path:
+        """Path of the backbone: the given one, where the run found it, stored, or beside.
 
         Raises:
-            EbmPriorError: If it is not the one that the configuration names.
+            EbmPriorError: If none is given and none is found.
         """
-        path, converted = self.folder / BACKBONE, self.config["backbone"].get("converted")
-        if converted is None or not path.is_file():
-            return None
-        if path.stat().st_size != converted["size"] or sha256_of(path) != converted["sha256"]:
+        stored = self.config["backbone"]
+        path = given or stored.get("path") or self.backbone()
+        if path is None:
             raise EbmPriorError(
-                f"{path} is not the backbone that its {CONFIG} names; give the checkpoint with "
-                "--ckpt"
+                f"{self.name} does not come with its backbone {stored.get('checkpoint') or ''}"
+                f"{_where(stored)}; give the checkpoint with --ckpt"
             )
-        return path
+        return Path(path)
+
+    def backbone(self) -> Path | None:
+        """Path of the backbone stored with the heads or beside their folder, or None.
+
+        Raises:
+            EbmPriorError: If a converted backbone is not the one that the configuration names.
+        """
+        stored = self.config["backbone"]
+        path, converted = self.folder / BACKBONE, stored.get("converted")
+        if converted is not None and path.is_file():
+            if path.stat().st_size != converted["size"] or sha256_of(path) != converted["sha256"]:
+                raise EbmPriorError(
+                    f"{path} is not the backbone that its {CONFIG} names; give the checkpoint "
+                    "with --ckpt"
+                )
+            return path
+        if not stored.get("checkpoint"):
+            return None
+        beside = self.folder.absolute().parent / Path(stored["checkpoint"]).name
+        return beside if beside.exists() else None
 
     def card(self) -> str | None:
         """Text of the model card, or None."""
@@ -292,7 +311,7 @@ def pull(
 
 
 def _where(backbone: dict) -> str:
-    return f": {backbone['source']}" if backbone.get("source") else ""
+    return f" ({backbone['source']})" if backbone.get("source") else ""
 
 
 def push_to_hub(

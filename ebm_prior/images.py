@@ -18,7 +18,7 @@ from torch import Tensor
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import atomic_write, check_writable, write_bytes
 
-__all__ = ["ImageWriter", "grid", "labelled_rows", "png_bytes", "save_png", "to_uint8"]
+__all__ = ["ImageWriter", "grid", "labelled_rows", "png_bytes", "save_png", "to_pil", "to_uint8"]
 
 MIN_WIDTH = 800  # pixels; narrower grids are enlarged by a whole factor
 MAX_ENLARGED = 128  # pixels; no image is enlarged beyond this
@@ -89,7 +89,7 @@ def labelled_rows(rows: Sequence[tuple[str, Tensor]], columns: int | None = None
     widest = max(min(columns or len(images), len(images)) for _, images in rows)
     scale = _scale(widest, rows[0][1].shape[-1], padding=2)
     font = ImageFont.load_default(LABEL_SIZE)
-    blocks = [_pil(grid(images, columns or len(images), scale=scale)) for _, images in rows]
+    blocks = [to_pil(grid(images, columns or len(images), scale=scale)) for _, images in rows]
     line = LABEL_SIZE + 8
     width = max(
         max(block.width, math.ceil(font.getlength(label)) + 8)
@@ -104,7 +104,8 @@ def labelled_rows(rows: Sequence[tuple[str, Tensor]], columns: int | None = None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _pil(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
+    """One picture (C, H, W), uint8 or float in [0, 1], as a PIL image."""
     if image.ndim != 3 or len(image) not in (1, 3):
         raise EbmPriorError(f"a picture needs 1 or 3 channels, got shape {tuple(image.shape)}")
     pixels = to_uint8(image).cpu().permute(1, 2, 0).numpy()
@@ -114,7 +115,7 @@ def _pil(image: Tensor) -> Image.Image:
 def png_bytes(image: Tensor) -> bytes:
     """One picture (C, H, W), uint8 or float in [0, 1], as a PNG file."""
     buffer = io.BytesIO()
-    _pil(image).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -65,7 +65,7 @@ def _inside(world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "fit", "sample", "evaluate", "pretrain", "push", "pull", "import"]
+    "command", ["", "fit", "sample", "evaluate", "pretrain", "push", "pull", "import", "demo"]
 )
 def test_help_has_an_example(command):
     text = run(*command.split(), "--help")

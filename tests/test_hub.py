@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from safetensors.torch import load_file, save
 
 import ebm_prior
@@ -580,12 +580,24 @@ def test_pull_does_not_overwrite(hub, world):
     }  # fmt: skip
 
 
+def test_the_cache_is_not_written_to(hub, world, tmp_path):
+    """Even where another program has fetched the whole repository into it."""
+    hub.put(REPO, heads_files() | {"samples/a.png": b"\x89PNG\0"})
+    folder = snapshot_download(REPO)
+    out = run("sample", "--heads", REPO, "--ckpt", "toy.json", "-n", 1, "--steps", 2)
+    assert out.strip() == "1 images -> steps2-seed0.png" and Path("steps2-seed0.png").exists()
+    assert len(list((Path(folder) / "samples").iterdir())) == 1
+    record = ["evaluate", "--heads", REPO, "--ckpt", "toy.json", "--record"]
+    assert "local folder" in run(*record, code=2)
+
+
 def test_push_prints_json(hub, world):
     result = CliRunner().invoke(main, ["push", "heads", REPO, "--no-pictures", "--json"])
     assert json.loads(result.stdout)["url"].startswith(hub.url)
 
 
 def test_pictures_need_a_backbone(hub, world):
+    Path("toy.json").rename("elsewhere.json")  # or it is found beside the folder
     assert "--no-pictures" in run("push", "heads", REPO, code=1)
 
 

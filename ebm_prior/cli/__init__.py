@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ebm_prior._version import __version__
+from ebm_prior.cli.demo import demo
 from ebm_prior.cli.evaluate import evaluate
 from ebm_prior.cli.fit import fit
 from ebm_prior.cli.hub import pull, push
@@ -80,5 +81,5 @@ def main() -> None:
     """
 
 
-for command in (fit, sample, evaluate, pretrain, push, pull, import_heads):
+for command in (fit, sample, evaluate, pretrain, push, pull, import_heads, demo):
     main.add_command(command)

@@ -76,9 +76,9 @@ def evaluate(
     from ebm_prior.metrics import load_features
     from ebm_prior.saved import CONFIG
 
-    prior, folder, config = heads.open()
-    if record and heads.source is not None and not Path(heads.source).is_dir():
+    if record and not heads.local:
         raise click.UsageError("--record needs heads in a local folder: pull them with --out")
+    prior, folder, config = heads.open()
     backbone, sampler = prior.backbone, chain.config(prior)
     network = load_features(
         features,

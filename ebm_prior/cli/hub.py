@@ -92,7 +92,7 @@ def push(
     hub.state_facts(config, licence, backbone_source, backbone_license)
     backbone = None
     if with_backbone:
-        backbone = converted_backbone(config, ckpt)
+        backbone = converted_backbone(config, heads.checkpoint(ckpt))
     pictures = {}
     if not no_pictures:
         try:

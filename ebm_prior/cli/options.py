@@ -67,6 +67,11 @@ class HeadsChoice:
     any_backbone: bool
     device: str
 
+    @property
+    def local(self) -> bool:
+        """Whether the heads are in a folder of the user's, not in the Hub's cache."""
+        return self.source is None or Path(self.source).is_dir()
+
     def open(self) -> tuple[EnergyPrior, Path, dict]:
         """Load the heads and the backbone they name; also their folder and configuration."""
         from ebm_prior import hub
@@ -75,15 +80,8 @@ class HeadsChoice:
         from ebm_prior.run import newest_run
 
         source = hub.open_source(self.source if self.source is not None else newest_run())
-        stored = source.config["backbone"]
-        ckpt = self.ckpt or stored.get("path") or source.backbone()
-        if not ckpt:
-            at = f" ({stored['source']})" if stored.get("source") else ""
-            raise EbmPriorError(
-                f"{self.source} does not come with its backbone {stored.get('checkpoint')}{at}; "
-                "give the checkpoint with --ckpt"
-            )
-        backbone = load_backbone(self.backbone or stored["name"], ckpt, self.device)
+        family = self.backbone or source.config["backbone"]["name"]
+        backbone = load_backbone(family, source.checkpoint(self.ckpt), self.device)
         prior = EnergyPrior.from_pretrained(
             source, backbone=backbone, check_backbone=not self.any_backbone
         )

@@ -73,7 +73,8 @@ def sample(
     config, temperature = chain.config(prior), chain.temperature
     chain.readjust(prior.backbone)
     if out is None:
-        samples = folder / "samples" if (folder / "samples").is_dir() else Path()
+        kept = heads.local and (folder / "samples").is_dir()
+        samples = folder / "samples" if kept else Path()
         out = str(samples / f"steps{config.steps}-seed{seed_list[0]}.png")
     path = Path(out)
     beside = compare and path.suffix == ".png"  # both in one picture

@@ -1,0 +1,55 @@
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from ebm_prior import EbmPriorError, EnergyPrior
+from ebm_prior.demo import draw, load, page
+from tests.test_checkpoints import FOLDERS
+from tests.test_cli import run
+
+
+@pytest.fixture
+def prior(toy):
+    return EnergyPrior.for_backbone(toy, nef=4, ndf=6)
+
+
+def test_the_pictures_depend_on_every_setting(prior):
+    first = draw(prior, 3, 1.0, 0)
+    assert all(a == b for a, b in zip(first, draw(prior, 3, 1.0, 0), strict=True))
+    before, after, strip = first
+    assert before.size == after.size and before != after and strip.size[1] > before.size[1] / 4
+    for other in (draw(prior, 4, 1.0, 0), draw(prior, 3, 0.5, 0), draw(prior, 3, 1.0, 1)):
+        assert other[1] != after
+    assert draw(prior, 4, 1.0, 0)[0] == before  # the Gaussian prior knows no steps
+
+
+@pytest.mark.parametrize(
+    "settings", [(0, 1.0, 0), (201, 1.0, 0), (3, 0.0, 0), (3, 9.0, 0), (3, 1.0, -1), (3, None, 0)]
+)
+def test_settings_out_of_range_are_refused(prior, settings):
+    with pytest.raises(EbmPriorError, match="must lie between"):
+        draw(prior, *settings)
+
+
+def test_shipped_heads_find_their_backbone():
+    prior = load(str(FOLDERS[0] / "heads"))
+    assert prior.backbone.sha256 and isinstance(prior.heads, torch.nn.ModuleList)
+
+
+def test_without_gradio_or_heads_it_says_so(prior, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(EbmPriorError, match="pip install 'ebm-prior\\[demo\\]'"):
+        page({"toy": prior})
+    monkeypatch.chdir(tmp_path)
+    assert "no heads under checkpoints/" in run("demo", code=1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs Gradio")
+def test_the_page_is_built(prior):
+    blocks = page({"toy": prior})
+    labels = {c["props"].get("label") for c in blocks.get_config_file()["components"]}
+    assert {"Heads", "Steps", "Temperature", "Seed"} <= labels
+    with pytest.raises(EbmPriorError, match="no heads to show"):
+        page({})
