@@ -7,13 +7,14 @@ A run folder holds the same first two files, so either may be a `source`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ebm_prior._version import __version__
@@ -45,6 +46,7 @@ def prior_config(prior: EnergyPrior) -> dict:
             "groups": [[group.name, list(group.shape)] for group in backbone.groups],
             "feature_shape": list(backbone.feature_shape),
             "image_shape": list(backbone.image_shape),
+            "parameters": sum(p.numel() for p in backbone.parameters()),
         },
         **prior.config(),
     }
@@ -226,6 +228,15 @@ def load_weights(prior: EnergyPrior, path: Path) -> None:
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise EbmPriorError(f"{path}: {key} holds values that are no finite numbers")
     prior.heads.load_state_dict(state)
+
+
+def count_weights(path: Path) -> int:
+    """Numbers in a safetensors file, from its header alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise EbmPriorError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def push_to_hub(prior: EnergyPrior, repo_id: str, **hub_options: object) -> str:

@@ -2,10 +2,16 @@
 
 An entry point names a function `load(path, device) -> Backbone`. This package's own
 adapters register in `pyproject.toml` exactly as a third party's would.
+
+The module that holds `load` may also hold `recognises(path) -> bool`, so that users need not
+name the family. It should be quick and must run nothing of the file; the first line of its
+docstring says what it looks for.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -16,7 +22,9 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import sha256_of
 
-__all__ = ["check_device", "find_trainer", "list_backbones", "load_backbone"]
+__all__ = [
+    "check_device", "detect_backbone", "find_trainer", "list_backbones", "load_backbone",
+]  # fmt: skip
 
 ENTRY_POINT_GROUP = "ebm_prior.backbones"
 TRAINER_GROUP = "ebm_prior.pretrain"
@@ -48,6 +56,49 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
     backbone.checkpoint = str(path)
     backbone.sha256 = sha256_of(path)
     return backbone
+
+
+def detect_backbone(path: str | Path) -> str:
+    """Family of a checkpoint, by asking every installed adapter that `recognises` its own.
+
+    Args:
+        path: Checkpoint as some family's training code writes it. It is not loaded.
+
+    Raises:
+        EbmPriorError: If there is no such file or folder, or not exactly one family
+            recognises it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise EbmPriorError(f"no such checkpoint: {path}")
+    found, sought = [], []
+    for name in list_backbones():
+        recognises = _recogniser(_find(name))
+        if recognises is None:
+            continue
+        if recognises(path):
+            found.append(name)
+        sought.append(f"{name}: {(inspect.getdoc(recognises) or 'its own').splitlines()[0]}")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise EbmPriorError(
+            f"{path} may belong to {' or '.join(found)}; say which with --backbone"
+        )
+    looked = "; ".join(text.rstrip(".").replace("`", "") for text in sought)
+    raise EbmPriorError(
+        f"{path} is no checkpoint of a known family; looked for {looked or 'nothing'}. Give its "
+        "right path, or name its family with --backbone"
+    )
+
+
+def _recogniser(entry: EntryPoint) -> Callable[[Path], bool] | None:
+    """The `recognises` beside an adapter's `load`, if it has one."""
+    try:
+        module = importlib.import_module(entry.module)
+    except Exception:  # a broken plug-in of someone else's must not stop the others
+        return None
+    return getattr(module, "recognises", None)
 
 
 def find_trainer(name: str) -> Callable:

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["Named", "load_pickle_file", "load_torch_file", "plain_state", "sha256_of"]
+__all__ = [
+    "Named", "load_pickle_file", "load_torch_file", "mentions", "plain_state", "sha256_of",
+]  # fmt: skip
+
+MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
 
 
 def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
@@ -67,6 +71,30 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         raise EbmPriorError(
             f"{path} is not a readable PyTorch checkpoint (truncated or of another kind)"
         ) from error
+
+
+def mentions(path: str | Path, word: str) -> bool:
+    """Whether a file of `torch.save` holds a word, such as a weight's name, in its pickle.
+
+    For telling families apart: nothing is unpickled and no weight is read. False for
+    whatever is no such file.
+    """
+    path = Path(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                index = [e for e in archive.infolist() if e.filename.endswith("data.pkl")]
+                # what is compressed is a bomb, as in `load_torch_file`
+                if len(index) != 1 or index[0].compress_type != zipfile.ZIP_STORED:
+                    return False
+                with archive.open(index[0]) as file:
+                    return word.encode() in file.read(MAX_INDEX)
+        with path.open("rb") as file:
+            # In the format before zip the pickle comes before the weights.
+            start = file.read(2)
+            return start == b"\x80\x02" and word.encode() in file.read(MAX_INDEX)
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+        return False
 
 
 def plain_state(state: Mapping[Any, Any], path: Path, hint: str = "") -> dict[str, Tensor]:

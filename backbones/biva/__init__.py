@@ -9,11 +9,17 @@ import torch
 
 from backbones.biva.checkpoint import read_checkpoint
 from backbones.stages import StagedBackbone
+from backbones.stages.checkpoint import is_session
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
-__all__ = ["load"]
+__all__ = ["load", "recognises"]
 
 EDGE = 0.999  # from here on a pixel in [-1, 1] belongs to the outermost bin
+
+
+def recognises(path: Path) -> bool:
+    """A session folder with `hyperparameters.p`, or a file of it."""
+    return is_session(path, "biva")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone:

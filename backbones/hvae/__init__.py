@@ -10,9 +10,10 @@ import torch
 from backbones.hvae.checkpoint import read_checkpoint
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.stages import StagedBackbone
+from backbones.stages.checkpoint import is_session
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
-__all__ = ["load"]
+__all__ = ["load", "recognises"]
 
 LIKELIHOODS = {
     "bernoulli": BernoulliLikelihood,
@@ -20,6 +21,11 @@ LIKELIHOODS = {
     # From 0.999 on a pixel in [-1, 1] belongs to the outermost bin.
     "mixture": partial(DiscretizedLogisticMixture, edge=0.999),
 }
+
+
+def recognises(path: Path) -> bool:
+    """A model folder with `model_class_name.pt`, or a file of it."""
+    return is_session(path, "hvae")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from backbones.stages.layers import Dense, Layer, PSwish
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file, plain_state
+from ebm_prior.safe_load import load_torch_file, mentions, plain_state
 
-__all__ = ["Session", "fill", "kernel_of", "open_session", "positive", "read_state"]
+__all__ = [
+    "Session", "fill", "is_session", "kernel_of", "open_session", "positive", "read_state",
+]  # fmt: skip
 
 FILES = {
     "biva": ("hyperparameters.p", "config.json", "model.pth"),
@@ -61,6 +63,15 @@ def open_session(path: str | Path, family: str) -> Session:
         f"{folder} is not a complete {name} session folder: no {' and no '.join(missing)} in it; "
         "copy the whole folder that the training code wrote"
     )
+
+
+def is_session(path: Path, family: str) -> bool:
+    """Whether a path is a folder of this family or belongs to one; no file is loaded."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / FILES[family][0]).is_file():
+        return False
+    # or weights under a name of the user's own
+    return path.is_dir() or path.name in FILES[family] or mentions(path, "stages.")
 
 
 def _other_family(path: Path, folder: Path, family: str) -> str:
