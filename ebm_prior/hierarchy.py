@@ -37,6 +37,7 @@ from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 
 __all__ = ["Hierarchy", "Level", "Redrawn", "explore", "infer", "levels", "redraw"]
 
+PADDING = 6  # pixels around an image: lines belong to different samples
 MAX_ROWS = 6  # by default; a picture with a row for each of 30 groups is no picture
 
 
@@ -240,11 +241,11 @@ class Hierarchy:
 
         A line shows what was given, then its redraws. Returns (3, H, W), uint8.
         """
-        scale = whole_scale(self.levels[0].energy.shape[1], self.energy.shape[-1])
+        scale = whole_scale(self.levels[0].energy.shape[1], self.energy.shape[-1], PADDING)
 
         def column(rows: Sequence[tuple[str, Tensor]]) -> Tensor:
             lines = [(label, images.flatten(0, 1)) for label, images in rows]
-            return labelled_rows(lines, rows[0][1].shape[1], scale)
+            return labelled_rows(lines, rows[0][1].shape[1], PADDING, scale)
 
         columns: list[Tensor] = []
         label = "sample" if self.energy.shape[1] == 1 else "image, reconstruction"

@@ -70,14 +70,17 @@ def grid(
     return torch.nn.functional.pad(picture, (0, padding, 0, padding), value=WHITE)
 
 
-def whole_scale(columns: int, width: int, padding: int = 2) -> int:
+def whole_scale(columns: int, width: int, padding: int) -> int:
     """Factor that makes a grid of images of this width 800 pixels wide, or its images 128."""
     room = MIN_WIDTH - (columns + 1) * padding
     return max(1, min(math.ceil(room / (columns * width)), MAX_ENLARGED // width))
 
 
 def labelled_rows(
-    rows: Sequence[tuple[str, Tensor]], columns: int | None = None, scale: int | None = None
+    rows: Sequence[tuple[str, Tensor]],
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int | None = None,
 ) -> Tensor:
     """Stack labelled rows of images, for before/after pictures and transition strips.
 
@@ -85,15 +88,16 @@ def labelled_rows(
         rows: Pairs of a label, written above, and its images (N, C, H, W), uint8 or
             float in [0, 1]. All rows are drawn at one scale.
         columns: Images per line; by default each row is a single line.
+        padding: White pixels around each image.
         scale: Whole factor by which pixels are enlarged; by default as in `grid`.
 
     Returns:
         Picture (3, H', W'), uint8.
     """
     widest = max(min(columns or len(images), len(images)) for _, images in rows)
-    scale = scale or whole_scale(widest, rows[0][1].shape[-1])
+    scale = scale or whole_scale(widest, rows[0][1].shape[-1], padding)
     font = ImageFont.load_default(LABEL_SIZE)
-    blocks = [_pil(grid(images, columns or len(images), scale=scale)) for _, images in rows]
+    blocks = [_pil(grid(x, columns or len(x), padding, scale)) for _, x in rows]
     line = LABEL_SIZE + 8
     width = max(
         max(block.width, math.ceil(font.getlength(label)) + 8)

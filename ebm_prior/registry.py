@@ -78,17 +78,16 @@ def detect_backbone(path: str | Path) -> str:
             continue
         if recognises(path):
             found.append(name)
-        sought.append(f"{name}: {(inspect.getdoc(recognises) or 'its own').splitlines()[0]}")
+        sought.append(f"{name}: {_first_line(recognises)}")
     if len(found) == 1:
         return found[0]
     if found:
         raise EbmPriorError(
             f"{path} may belong to {' or '.join(found)}; say which with --backbone"
         )
-    looked = "; ".join(text.rstrip(".").replace("`", "") for text in sought)
     raise EbmPriorError(
-        f"{path} is no checkpoint of a known family; looked for {looked or 'nothing'}. Give its "
-        "right path, or name its family with --backbone"
+        f"{path} is no checkpoint of a known family; looked for {'; '.join(sought) or 'nothing'}. "
+        "Give its right path, or name its family with --backbone"
     )
 
 
@@ -99,6 +98,12 @@ def _recogniser(entry: EntryPoint) -> Callable[[Path], bool] | None:
     except Exception:  # a broken plug-in of someone else's must not stop the others
         return None
     return getattr(module, "recognises", None)
+
+
+def _first_line(function: Callable) -> str:
+    """First line of a docstring as part of a sentence."""
+    line = (inspect.getdoc(function) or "Its own files.").splitlines()[0]
+    return (line[0].lower() + line[1:]).rstrip(".").replace("`", "")
 
 
 def find_trainer(name: str) -> Callable:
