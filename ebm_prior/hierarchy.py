@@ -79,7 +79,8 @@ def redraw(
         callback: Called with a `StepInfo`, whose `eps` are the free groups alone.
 
     Raises:
-        EbmPriorError: If a name is unknown, or no group is left to redraw.
+        EbmPriorError: If a name is unknown, no group is left to redraw, or the noise or the
+            temperature does not fit.
     """
     names = [group.name for group in prior.backbone.groups]
     if unknown := sorted(set(keep) - set(names)):
@@ -87,6 +88,8 @@ def redraw(
     free = [i for i, name in enumerate(names) if name not in keep]
     if not free:
         raise EbmPriorError("every group is held, so there is nothing to redraw")
+    if not temperature > 0:
+        raise EbmPriorError(f"temperature must be positive, got {temperature}")
     prior.backbone.check_latents(eps, "eps")
     config = config or prior.sampler
 
@@ -271,8 +274,8 @@ class Hierarchy:
             lines.append(f"{text:{width}} {level.gaussian_std:14.4f} {level.energy_std:14.4f}")
         redraws = self.levels[0].energy.shape[1]
         lines.append(
-            f"(standard deviation across {redraws} redraws, mean over the pixels of "
-            f"{len(self.energy)} images; full range 1)"
+            f"(standard deviation across {redraws} redraws, mean over pixels, images: "
+            f"{len(self.energy)}; full range 1)"
         )
         return "\n".join(lines)
 
@@ -316,14 +319,15 @@ def explore(
         batch_size: Chains run together; changes results by rounding only.
 
     Raises:
-        EbmPriorError: If there are more images in all than a picture can hold.
+        EbmPriorError: If there is nothing to show, more than a picture can hold, or `redraw`
+            refuses a level.
     """
     groups = prior.backbone.groups
     keep = levels(groups) if keep is None else keep
     config = config or prior.sampler
     n = len(seeds)
-    if n < 1 or redraws < 2:
-        raise EbmPriorError("a hierarchy needs at least one image and two redraws")
+    if not keep or n < 1 or redraws < 2:
+        raise EbmPriorError("a hierarchy needs at least one level, one image and two redraws")
     if images is not None and len(images) != n:
         raise EbmPriorError(f"{n} seeds for {len(images)} images")
     if (total := 2 * len(keep) * n * (redraws + 3)) > MAX_GRID:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def _holds_heads(path: Path) -> bool:
         return True
     try:  # a run before its first save
         return "format_version" in json.loads((path / hub.CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -123,17 +124,22 @@ def _backbone_of_heads(
     stored: dict, family: str, ckpt: str | None, local: bool
 ) -> tuple[dict, str | None]:
     """Facts about the backbone of heads, and what is missing from them."""
-    count = stored.get("parameters")
+
+    def optional(key: str, kind: type) -> Any:
+        value = stored.get(key)
+        return value if isinstance(value, kind) and value else None
+
     recorded = {
         "family": stored["name"],
-        "checkpoint": stored.get("path") or stored.get("checkpoint"),
-        "parameters": count if isinstance(count, int) and count > 0 else None,
-        **{
-            key: stored.get(key)
-            for key in ("sha256", "dataset", "image_shape", "groups", "feature_shape")
-        },
+        "checkpoint": optional("path", str) or optional("checkpoint", str),
+        "sha256": stored["sha256"],
+        "dataset": optional("dataset", str),
+        "image_shape": optional("image_shape", list),
+        "groups": stored["groups"],
+        "feature_shape": stored["feature_shape"],
+        "parameters": optional("parameters", int),
     }
-    path = ckpt or (stored.get("path") if local else None)
+    path = ckpt or (optional("path", str) if local else None)
     if path is None:
         return recorded, "where its checkpoint lies is not recorded; name it with --ckpt"
     if ckpt is None and not Path(path).exists():

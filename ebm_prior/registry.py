@@ -4,8 +4,8 @@ An entry point names a function `load(path, device) -> Backbone`. This package's
 adapters register in `pyproject.toml` exactly as a third party's would.
 
 The module that holds `load` may also hold `recognises(path) -> bool`, so that users need not
-name the family. It should be quick and must run nothing of the file; the first line of its
-docstring says what it looks for.
+name the family. It should be quick and must run nothing of the file; an exception counts as
+a no, and the first line of its docstring says what it looks for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -73,12 +74,12 @@ def detect_backbone(path: str | Path) -> str:
         raise EbmPriorError(f"no such checkpoint: {path}")
     found, sought = [], []
     for name in list_backbones():
-        recognises = _recogniser(_find(name))
-        if recognises is None:
-            continue
-        if recognises(path):
-            found.append(name)
-        sought.append(f"{name}: {_first_line(recognises)}")
+        # a broken plug-in of someone else's must not stop the others
+        with suppress(Exception):
+            recognises = importlib.import_module(_find(name).module).recognises
+            sought.append(f"{name}: {_first_line(recognises)}")
+            if recognises(path):
+                found.append(name)
     if len(found) == 1:
         return found[0]
     if found:
@@ -89,15 +90,6 @@ def detect_backbone(path: str | Path) -> str:
         f"{path} is no checkpoint of a known family; looked for {'; '.join(sought) or 'nothing'}. "
         "Give its right path, or name its family with --backbone"
     )
-
-
-def _recogniser(entry: EntryPoint) -> Callable[[Path], bool] | None:
-    """The `recognises` beside an adapter's `load`, if it has one."""
-    try:
-        module = importlib.import_module(entry.module)
-    except Exception:  # a broken plug-in of someone else's must not stop the others
-        return None
-    return getattr(module, "recognises", None)
 
 
 def _first_line(function: Callable) -> str:

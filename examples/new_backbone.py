@@ -81,7 +81,8 @@ def load(path, device="cpu"):
 
 def recognises(path):
     """A `.safetensors` file with the weights of a tiny VAE."""
-    return path.suffix == ".safetensors" and b'"decoder.2.weight"' in path.read_bytes()[:4096]
+    with path.open("rb") as file:
+        return b'"decoder.2.weight"' in file.read(4096)
 
 
 if __name__ == "__main__":

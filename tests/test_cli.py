@@ -64,7 +64,9 @@ def _inside(world, monkeypatch):
     monkeypatch.chdir(world)
 
 
-@pytest.mark.parametrize("command", ["", "fit", "sample", "evaluate", "pretrain"])
+@pytest.mark.parametrize(
+    "command", ["", "fit", "sample", "evaluate", "hierarchy", "info", "pretrain"]
+)
 def test_help_has_an_example(command):
     text = run(*command.split(), "--help")
     assert f"ebm-prior {command}" in text
@@ -220,7 +222,9 @@ FIT = ["fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz"]
         (["sample", "--out", "x.gif"], 1, "x.gif"),
         (["sample", "--readjust-bn"], 2, "no batch-norm statistics"),
         (["fit", "--backbone", "toy"], 2, "--ckpt"),
-        (["fit", "--ckpt", "toy.json"], 2, "--backbone"),
+        (["fit", "--ckpt", "toy.json"], 1, "does not name its data set"),
+        (["fit", "--ckpt", "x.npz"], 1, "no checkpoint of a known family"),
+        (["fit", "--backbone", "nvae", "--ckpt", "toy.json"], 1, "not a readable PyTorch"),
         (["fit", "--backbone", "vqvae", "--ckpt", "toy.json"], 1, "unknown backbone 'vqvae'"),
         ([*FIT[:5]], 1, "does not name its data set"),
         ([*FIT[:5], "--data", "nothing.zip"], 1, "nothing.zip"),

@@ -5,6 +5,7 @@ import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -146,9 +147,13 @@ def test_broken_and_silent_plug_ins_do_not_matter(monkeypatch):
         extra = [
             registry.EntryPoint("absent", "no_such_module:load", group),
             registry.EntryPoint("silent", "json:load", group),
+            registry.EntryPoint("wrong", "wrong_plug_in:load", group),
         ]
         return [*whole(group=group), *extra]
 
+    wrong = ModuleType("wrong_plug_in")
+    wrong.recognises = lambda path: path.no_such_attribute
+    monkeypatch.setitem(sys.modules, "wrong_plug_in", wrong)
     monkeypatch.setattr(registry, "entry_points", more)
     assert detect_backbone(NVAE) == "nvae"
     with pytest.raises(EbmPriorError, match="looked for biva: a [^;]*; hvae: [^;]*; nvae: "):
