@@ -273,9 +273,10 @@ class Hierarchy:
         for text, level in zip(texts, self.levels, strict=True):
             lines.append(f"{text:{width}} {level.gaussian_std:14.4f} {level.energy_std:14.4f}")
         redraws = self.levels[0].energy.shape[1]
+        images = "1 image" if len(self.energy) == 1 else f"{len(self.energy)} images"
         lines.append(
-            f"(standard deviation across {redraws} redraws, mean over pixels, images: "
-            f"{len(self.energy)}; full range 1)"
+            f"(standard deviation across {redraws} redraws, mean over the pixels of {images}; "
+            "full range 1)"
         )
         return "\n".join(lines)
 
