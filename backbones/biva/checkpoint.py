@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from backbones.biva.network import BivaNetwork
-from backbones.stages.checkpoint import fill, kernel_of, open_session, positive, read_state
+from backbones.stages.checkpoint import (
+    fill,
+    kernel_of,
+    open_session,
+    padded,
+    positive,
+    read_state,
+)
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
@@ -71,7 +78,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     config = _config(session["config.json"])
     state = read_state(session["model.pth"])
     image_shape = _image_shape(options["tensor_shp"], where)
-    in_shape, padding = _padded(image_shape, options["padded_shp"], where)
+    in_shape, padding = padded(image_shape, options["padded_shp"], "padded_shp", where)
     outputs = positive(options["features_out"], "features_out", where)
     channels = image_shape[0]
     if outputs != channels and (channels != 3 or outputs % 10):
@@ -146,22 +153,6 @@ def _image_shape(value: Any, path: Path) -> Shape:
     if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
         raise EbmPriorError(f"{path}: tensor_shp={value!r} is not (-1, C, H, W)")
     return tuple(positive(n, "a size in tensor_shp", path) for n in value[-3:])
-
-
-def _padded(shape: Shape, padded: Any, path: Path) -> tuple[Shape, tuple[int, int]]:
-    """Shape that the network works on, and the zeros on each side."""
-    if padded is None:
-        return shape, (0, 0)
-    if not isinstance(padded, (list, tuple)) or len(padded) < 2:
-        raise EbmPriorError(f"{path}: padded_shp={padded!r} is not supported")
-    sizes = [positive(n, "a size in padded_shp", path) for n in padded[-2:]]
-    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
-    if any(n < 0 or n % 2 for n in excess):
-        raise EbmPriorError(
-            f"{path}: padded_shp={padded!r} around {shape[1]}x{shape[2]} images is not "
-            "supported; the same padding must fit on both sides"
-        )
-    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
 
 
 def _stages(

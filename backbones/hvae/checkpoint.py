@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from backbones.hvae.network import HvaeNetwork
-from backbones.stages.checkpoint import fill, kernel_of, open_session, positive, read_state
+from backbones.stages.checkpoint import (
+    fill,
+    kernel_of,
+    open_session,
+    padded,
+    positive,
+    read_state,
+)
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
@@ -87,7 +94,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     dataset = _dataset(session["datamodule_config.pt"])
     state = read_state(session["model_state_dict.pt"])
     image_shape = tuple(positive(n, "a size in input_shape", where) for n in options["shape"])
-    in_shape, padding = _padded(image_shape, options["padded_shape"], where)
+    in_shape, padding = padded(image_shape, options["padded_shape"], "padded_shape", where)
     likelihood = LIKELIHOODS[options["likelihood_module"]]
     channels = image_shape[0]
     if likelihood == "mixture" and channels != 3:
@@ -160,22 +167,6 @@ def _options(data: Any, path: Path) -> dict[str, Any]:
         raise EbmPriorError(f"{path}: input_shape={shape!r} is not (C, H, W)")
     options["shape"] = shape[-3:]
     return options
-
-
-def _padded(shape: Shape, padded: Any, path: Path) -> tuple[Shape, tuple[int, int]]:
-    """Shape that the network works on, and the zeros on each side."""
-    if padded is None:
-        return shape, (0, 0)
-    if not isinstance(padded, (list, tuple)) or len(padded) < 2:
-        raise EbmPriorError(f"{path}: padded_shape={padded!r} is not supported")
-    sizes = [positive(n, "a size in padded_shape", path) for n in padded[-2:]]
-    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
-    if any(n < 0 or n % 2 for n in excess):
-        raise EbmPriorError(
-            f"{path}: padded_shape={padded!r} around {shape[1]}x{shape[2]} images is not "
-            "supported; the same padding must fit on both sides"
-        )
-    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
 
 
 def _stages(
