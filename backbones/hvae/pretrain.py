@@ -11,12 +11,13 @@ from torch import Tensor
 
 from backbones.hvae import make_backbone
 from backbones.hvae.checkpoint import build
+from backbones.hvae.network import HvaeNetwork
 from backbones.stages import StagedBackbone
 from backbones.stages.network import Stochastic
-from backbones.stages.pretrain import PretrainConfig, StagedTraining, train
+from backbones.stages.pretrain import PretrainConfig, StagedTraining, public_state, train
 from backbones.training import Progress, save_torch_file
 
-__all__ = ["pretrain"]
+__all__ = ["pretrain", "public_weights"]
 
 PUBLIC = {"mnist": "MNIST", "cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST"}
 
@@ -85,7 +86,7 @@ class _Training(StagedTraining):
                         {
                             "block": "ResBlockConv2d", "out_channels": channels,
                             "kernel_size": kernel, "stride": stride, "weightnorm": True,
-                            "gated": False,
+                            "gated": True,
                         }
                         for channels, kernel, stride in config.blocks_of(i)
                     ]
@@ -129,12 +130,17 @@ class _Training(StagedTraining):
         for file, data in contents.items():
             save_torch_file(self.out / file, data)
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights, and two constants that the public code keeps with every group."""
-        state = super().state()
-        for name, module in self.network.named_modules():
-            if isinstance(module, Stochastic):
-                constants = f"{name}.std_activation_inverse"
-                state[f"{constants}.beta"] = torch.tensor([math.log(2)])
-                state[f"{constants}.threshold"] = torch.tensor([20.0])
-        return state
+    def weights(self) -> dict[str, Tensor]:
+        """Weights under the public keys."""
+        return public_weights(self.network)
+
+
+def public_weights(network: HvaeNetwork) -> dict[str, Tensor]:
+    """Weights, and two constants that the public code keeps with every group."""
+    state = public_state(network)
+    for name, module in network.named_modules():
+        if isinstance(module, Stochastic):
+            constants = f"{name}.std_activation_inverse"
+            state[f"{constants}.beta"] = torch.tensor([math.log(2)])
+            state[f"{constants}.threshold"] = torch.tensor([20.0])
+    return state

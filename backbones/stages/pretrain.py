@@ -190,14 +190,14 @@ class StagedTraining(Training):
     def write_arguments(self) -> None:
         """Write all files of the folder but the weights."""
 
-    def state(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Weights under the public keys."""
         return public_state(self.network)
 
     def write(self) -> Path:
         """Write the folder, the weights last."""
         self.write_arguments()
-        save_torch_file(self.out / self.result, self.state())
+        save_torch_file(self.out / self.result, self.weights())
         return self.out / self.result
 
     def terms(self, x: Tensor, beta: float, generator: torch.Generator) -> Terms:
