@@ -69,7 +69,7 @@ class _Training(StagedTraining):
     kinds = ("vae", "biva")
     # The code leaves a second input out where its shape is that of the first: widths that
     # differ keep the connections between stages.
-    defaults = PretrainConfig(stages="biva", channels=(16, 20, 24), latents=(16, 16, 10), blocks=2)
+    defaults = PretrainConfig(stages="biva", channels=(8, 16, 20), latents=(16, 16, 10), blocks=2)
     result = "model_state_dict.pt"
 
     def build(

@@ -80,7 +80,6 @@ class PretrainConfig(TrainingConfig):
     dropout: float = 0.0
     free_bits: float = 2.0
     free_share: float = 0.5
-    lr: float = 3e-3
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
