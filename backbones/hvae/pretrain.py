@@ -34,6 +34,9 @@ def pretrain(
 ) -> Path:
     """Train an HVAE of VAE or BIVA stages on images and write its model folder to `out`.
 
+    Blocks are gated, as in BIVA. The public code's `load_model` does not know its own BIVA
+    class; `BIVA.load` of the class itself reads such a folder.
+
     One-channel images are drawn anew as x ~ Bernoulli(image) at every step; three-channel
     images have the discretized logistic mixture.
 
