@@ -206,8 +206,8 @@ def test_free_bits_end_and_the_loss_is_minus_the_elbo():
     torch.testing.assert_close(terms.loss, (terms.kl.sum(1) - terms.log_px).mean())
 
 
-def test_beta_rises_over_its_share_of_the_steps():
-    training = start(hvae, kl_anneal=0.5)
+def test_beta_rises_over_its_share_of_the_steps(tmp_path):
+    training = start(hvae, tmp_path, kl_anneal=0.5)
     seen = []
     terms = training.terms
     training.terms = lambda x, beta, g: seen.append(beta) or terms(x, beta, g)

@@ -68,7 +68,7 @@ def pretrain(
 
 class _Training(StagedTraining):
     kinds = ("biva", "lvae", "vae")
-    defaults = PretrainConfig(stages="biva", channels=(16, 16, 16), latents=(16, 16, 10), blocks=2)
+    defaults = PretrainConfig(stages="biva", channels=(8, 16, 16), latents=(16, 16, 10), blocks=2)
     result = "model.pth"
 
     def build(

@@ -34,6 +34,10 @@ def pretrain(
 ) -> Path:
     """Train an HVAE of VAE or BIVA stages on images and write its model folder to `out`.
 
+    Blocks are gated with ELU activations, as in BIVA, which trained faster than plain ones
+    with ReLU. The public code's `load_model` does not know its own BIVA
+    class; `BIVA.load` of the class itself reads such a folder.
+
     One-channel images are drawn anew as x ~ Bernoulli(image) at every step; three-channel
     images have the discretized logistic mixture.
 
@@ -69,7 +73,7 @@ class _Training(StagedTraining):
     kinds = ("vae", "biva")
     # The code leaves a second input out where its shape is that of the first: widths that
     # differ keep the connections between stages.
-    defaults = PretrainConfig(stages="biva", channels=(16, 20, 24), latents=(16, 16, 10), blocks=2)
+    defaults = PretrainConfig(stages="biva", channels=(8, 16, 20), latents=(16, 16, 10), blocks=2)
     result = "model_state_dict.pt"
 
     def build(
@@ -102,7 +106,7 @@ class _Training(StagedTraining):
                 ],
                 "q_dropout": float(config.dropout),
                 "p_dropout": float(config.dropout),
-                "activation": "ReLU",
+                "activation": "ELU",
                 "skip_stochastic": True,
                 "padded_shape": None,
             }

@@ -8,9 +8,10 @@ keep a group's KL free of charge up to a budget, so that it is not switched off 
 decoder still ignores it; after `free_share` of the steps there are none, and once beta is 1 the
 loss is minus the ELBO.
 
-BIVA's public code has the same maximum, per group and image, on the sampled log q - log p,
-to the end of the training. HVAE's shares a group's budget among its units (among the channels
-of a feature map, each position again) and takes the maximum unit by unit.
+The public codes differ in the free bits. BIVA's takes the maximum per group and image, as here,
+but on the sampled log q - log p. HVAE's takes it unit by unit, also on samples, with the budget
+divided by a group's units (for feature maps by its channels, so that every position has all
+of it).
 
 References: Kingma et al., 2016, free bits, https://arxiv.org/abs/1606.04934; Sonderby et al.,
 2016, KL warm-up, https://arxiv.org/abs/1602.02282; Salimans and Kingma, 2016, weight
@@ -80,7 +81,6 @@ class PretrainConfig(TrainingConfig):
     dropout: float = 0.0
     free_bits: float = 2.0
     free_share: float = 0.5
-    lr: float = 3e-3
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
