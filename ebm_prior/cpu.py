@@ -24,9 +24,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has no mallopt
         return
-    for option, value in (
-        (M_MMAP_THRESHOLD, 1 << 30),
-        (M_TRIM_THRESHOLD, (1 << 31) - 1),
-        (M_TOP_PAD, 64 << 20),
-    ):
-        mallopt(option, value)
+    # glibc before 2.35 refuses a threshold above 32 MiB
+    mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    mallopt(M_TOP_PAD, 64 << 20)

@@ -30,7 +30,7 @@ from ebm_prior.langevin import ChainState, flatten, pcnl_start, pcnl_step
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
-from ebm_prior.run import RunFolder, environment
+from ebm_prior.run import CACHE, RunFolder, environment
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
 
@@ -249,31 +249,8 @@ class _Fit:
             if ctrl_c.pressed:
                 raise Interrupted(f"interrupted; continue with: {self.resume_command()}")
 
-        order = torch.randperm(
-            len(images), generator=torch.Generator().manual_seed(self.config.seed)
-        )
-        # Few images get several posterior draws each, or the heads learn them by heart.
-        draws = self.config.draws or math.ceil(MIN_ROWS / len(images))
-        held_out = int(len(images) * self.config.held_out)
-        shift = len(images) * torch.arange(draws)[:, None]
-        self.held_out = (order[:held_out] + shift).flatten()
-        self.train = (order[held_out:] + shift).flatten()
-        source = posterior_source(
-            self.prior,
-            images,
-            draws,
-            self.run.path / "state" / "posterior.npy",
-            self.config.seed,
-            self.config.cache_gb,
-            stop_if_asked,
-        )
-        if isinstance(source, PosteriorStream):
-            tqdm.write(
-                f"posterior samples exceed {self.config.cache_gb} GiB: drawn per batch",
-                file=sys.stderr,
-            )
-        self.source = source
-        self.prepare_held_out()
+        if self.phase < len(self.phases):
+            self.open_source(images, stop_if_asked)
         while self.phase < len(self.phases):
             self.run_phase(ctrl_c)
             self.phase += 1
@@ -291,11 +268,40 @@ class _Fit:
             self.step_size,
             self.rollbacks,
         )
+        self.run.drop_cache()
         self.run.save_heads(hub.heads_bytes(self.prior))
         self.run.write_config(self.describe("finished", asdict(result)))
         self.sample_grid()
         self.run.finish()
         return result
+
+    def open_source(self, images: Tensor, on_chunk: Callable[[], None]) -> None:
+        """Split the images and draw their posterior samples."""
+        order = torch.randperm(
+            len(images), generator=torch.Generator().manual_seed(self.config.seed)
+        )
+        # Few images get several posterior draws each, or the heads learn them by heart.
+        draws = self.config.draws or math.ceil(MIN_ROWS / len(images))
+        held_out = int(len(images) * self.config.held_out)
+        shift = len(images) * torch.arange(draws)[:, None]
+        self.held_out = (order[:held_out] + shift).flatten()
+        self.train = (order[held_out:] + shift).flatten()
+        source = posterior_source(
+            self.prior,
+            images,
+            draws,
+            self.run.path / CACHE,
+            self.config.seed,
+            self.config.cache_gb,
+            on_chunk,
+        )
+        if isinstance(source, PosteriorStream):
+            tqdm.write(
+                f"posterior samples exceed {self.config.cache_gb} GiB: drawn per batch",
+                file=sys.stderr,
+            )
+        self.source = source
+        self.prepare_held_out()
 
     def start_phase(self) -> None:
         """Fresh optimizer, averages and judgements."""

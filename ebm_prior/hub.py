@@ -178,11 +178,16 @@ def check_fits(config: dict, backbone: Backbone, source: object, check_hash: boo
     """Refuse heads that were fitted on another backbone."""
     stored = config["backbone"]
     groups = [[group.name, list(group.shape)] for group in backbone.groups]
+    theirs, ours = (
+        " ".join("x".join(map(str, shape)) for shape in [*(s for _, s in listed), features])
+        for listed, features in (
+            (stored["groups"], stored["feature_shape"]),
+            (groups, backbone.feature_shape),
+        )
+    )
     if stored["groups"] != groups or stored["feature_shape"] != list(backbone.feature_shape):
-        theirs = " ".join("x".join(map(str, shape)) for _, shape in stored["groups"])
-        ours = " ".join("x".join(map(str, shape)) for _, shape in groups)
         raise EbmPriorError(
-            f"{source} was fitted on another backbone: its groups are {theirs}, "
+            f"{source} was fitted on another backbone: its groups and features are {theirs}, "
             f"this backbone's are {ours}"
         )
     if check_hash and stored["sha256"] != backbone.sha256:

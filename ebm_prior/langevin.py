@@ -216,8 +216,10 @@ def value_and_grad(
 
     Samples are independent, so the gradient of the sum holds each sample's own.
     """
-    with torch.enable_grad():
-        point = flat.detach().requires_grad_()
+    # also where the caller is in inference mode, whose tensors know no gradient
+    with torch.inference_mode(False), torch.enable_grad():
+        point = flat.clone() if flat.is_inference() else flat.detach()
+        point.requires_grad_()
         value = function(unflatten(point))
         if value.shape != flat.shape[:1]:
             raise EbmPriorError(

@@ -28,6 +28,7 @@ from ebm_prior.hub import CONFIG, WEIGHTS
 __all__ = ["RunFolder", "newest_run"]
 
 STATE = "state/state.safetensors"
+CACHE = "state/posterior.npy"  # large; made again where it is missing
 VERSIONED = ("ebm-prior", "torch", "numpy", "safetensors")
 
 
@@ -57,7 +58,9 @@ class RunFolder:
             (self.path / "state").mkdir(parents=True, exist_ok=True)
             (self.path / "samples").mkdir(exist_ok=True)
         except OSError as error:
-            raise EbmPriorError(f"cannot create {self.path}: {error.strerror}") from error
+            raise EbmPriorError(
+                f"cannot create {self.path}: {error.strerror}; choose another --out"
+            ) from error
         self.write_config(config)
 
     def write_config(self, config: dict) -> None:
@@ -96,6 +99,11 @@ class RunFolder:
                 return tensors, json.loads(file.metadata()["state"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise EbmPriorError(f"{path} is damaged: {error}; start the run anew") from error
+
+    def drop_cache(self) -> None:
+        """Delete the posterior samples, before anything says that the run is finished."""
+        (self.path / CACHE).unlink(missing_ok=True)
+        (self.path / CACHE).with_suffix(".json").unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Drop what only an unfinished run needs."""

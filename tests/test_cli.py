@@ -275,7 +275,9 @@ def test_another_backbone_is_refused(tmp_path):
         tmp_path / "x.png",
     )
     (tmp_path / "wide.json").write_text('{"top": 4, "bottom": 3, "size": 8}')
-    assert "its groups are 2 3" in run("sample", "--ckpt", tmp_path / "wide.json", code=1)
+    assert "its groups and features are 2 3" in run(
+        "sample", "--ckpt", tmp_path / "wide.json", code=1
+    )
 
 
 def test_wrong_image_sizes_are_refused_or_resized(tmp_path):

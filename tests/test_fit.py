@@ -15,6 +15,7 @@ from ebm_prior import fit as fit_function
 from ebm_prior.fit import DivergenceError, _Fit
 from ebm_prior.interrupt import Interrupted
 from ebm_prior.losses import contrastive_loss, nce_loss
+from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.run import RunFolder, newest_run
 
 QUICK = dict(
@@ -343,11 +344,90 @@ def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
         (dict(nce_lr=-1.0), "nce_lr must be positive"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(chains="old"), "chains must be"),
+        (dict(weight_decay=math.nan), "weight_decay must be 0 or more"),
+        (dict(mle_lr=math.inf), "mle_lr must be positive"),
+        (dict(beta1=1.0), r"beta1 must lie in \[0, 1\)"),
+        (dict(seed=-1), "seed must be 0 or more"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(EbmPriorError, match=message):
         FitConfig(**settings)
+
+
+def test_the_regularizer_adds_the_squared_total_energies():
+    pos, neg = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[2.0, 2.0]])
+    for loss in (nce_loss, contrastive_loss):
+        added = loss(pos, neg, 0.1) - loss(pos, neg)
+        torch.testing.assert_close(added, torch.tensor(0.1 * ((9 + 1) / 2 + 16)))
+
+
+def test_the_average_of_the_heads_is_exponential(toy, tmp_path, monkeypatch):
+    trail, update = [], _Fit.update
+
+    def recorded(self, *args):
+        if not trail:
+            trail.append(weights(self.prior).clone())
+        step = update(self, *args)
+        trail.append(weights(self.prior).clone())
+        return step
+
+    monkeypatch.setattr(_Fit, "update", recorded)
+    config = FitConfig(
+        objective="mle", mle_iterations=30, batch_size=8, ema=0.5, sample_every=0, draws=1
+    )
+    prior = new_prior(toy)
+    fit(prior, mismatched_images(toy, 50), config, run_dir=tmp_path / "run")
+    average = trail[0]
+    for iteration, value in enumerate(trail[1:]):
+        decay = min(0.5, (1 + iteration) / (10 + iteration))  # shorter at first
+        average = decay * average + (1 - decay) * value
+    torch.testing.assert_close(weights(prior), average)
+
+
+def test_a_share_of_the_persistent_chains_starts_afresh(toy, tmp_path):
+    kept = []
+    for refresh in (0.0, 0.5):
+        config = FitConfig(objective="mle", batch_size=200, refresh=refresh)
+        fitting = _Fit(new_prior(toy), config, RunFolder(tmp_path), {})
+        fitting.pool = torch.arange(400.0, dtype=toy.dtype)[:, None].repeat(1, 5) + 100
+        starts = fitting.chain_starts()
+        kept.append((starts == fitting.pool[fitting.picked]).all(1).double().mean().item())
+    assert kept[0] == 1 and 0.35 < kept[1] < 0.65
+
+
+def test_every_prior_sample_serves_as_often_as_reuse_says(toy, tmp_path):
+    config = FitConfig(batch_size=32, reuse=4)
+    fitting = _Fit(new_prior(toy), config, RunFolder(tmp_path), {})
+    fitting.gaussian_negatives()
+    before = fitting.pool.clone()
+    fitting.iteration = 5
+    fitting.gaussian_negatives()
+    changed = (fitting.pool != before).any(1).nonzero().flatten()
+    assert changed.tolist() == list(range(40, 48))  # a quarter of the batch, the oldest rows
+
+
+def test_draws_of_a_held_out_image_are_never_trained_on(toy, tmp_path):
+    config = FitConfig(draws=3, held_out=0.2)
+    run = RunFolder(tmp_path / "run")
+    fitting = _Fit(new_prior(toy), config, run, {})
+    fitting.open_source(mismatched_images(toy, 50), lambda: None)
+    train, held_out = (
+        {i % 50 for i in rows.tolist()} for rows in (fitting.train, fitting.held_out)
+    )
+    assert len(fitting.source) == 150 == len(fitting.train) + len(fitting.held_out)
+    assert len(held_out) == 10 and not train & held_out
+    z = fitting.source(torch.tensor([7, 57, 107]))[1]
+    assert z.unique(dim=0).shape[0] == 3  # draws of one image differ
+
+
+def test_binary_backbones_see_images_drawn_anew(toy):
+    toy.binarize = True
+    grey = torch.full((1, 1, 4, 4), 64, dtype=torch.uint8)
+    stream = PosteriorStream(new_prior(toy), grey)
+    x = stream.pictures(torch.zeros(2000).long(), torch.Generator().manual_seed(0))
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert abs(x.mean().item() - 64 / 255) < 5 * (0.25 * 0.75 / x.numel()) ** 0.5
 
 
 def test_unknown_settings_are_named():

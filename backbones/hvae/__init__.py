@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.hvae.checkpoint import read_checkpoint
+from backbones.hvae.checkpoint import Checkpoint, read_checkpoint
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.stages import StagedBackbone
 from backbones.stages.checkpoint import is_session
@@ -39,7 +39,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         EbmPriorError: If the folder is no complete HVAE model, does not fit itself or needs
             an option that is not supported; see `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path)
+    return make_backbone(read_checkpoint(path)).to(device)
+
+
+def make_backbone(checkpoint: Checkpoint) -> StagedBackbone:
+    """The interface around a model's network."""
     return StagedBackbone(
         checkpoint.network,
         LIKELIHOODS[checkpoint.likelihood],
@@ -47,4 +51,4 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         checkpoint.padding,
         dataset=checkpoint.dataset,
         binarize=checkpoint.likelihood == "bernoulli",
-    ).to(device)
+    )
