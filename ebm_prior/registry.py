@@ -52,7 +52,16 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
     path = Path(path)
     if not path.exists():
         raise EbmPriorError(f"no such checkpoint: {path}")
-    backbone = _find(name).load()(path, device).freeze()
+    adapter = _find(name).load()
+    try:
+        backbone = adapter(path, device).freeze()
+    except EbmPriorError:
+        raise
+    except Exception as error:  # an adapter, perhaps someone else's, that did not foresee it
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise EbmPriorError(
+            f"{path} cannot be loaded as {name}: {type(error).__name__}: {line}"
+        ) from error
     backbone.name = name
     backbone.checkpoint = str(path)
     backbone.sha256 = sha256_of(path)
