@@ -67,9 +67,9 @@ def pretrain(
 
 
 class _Training(StagedTraining):
+    family = "biva"
     kinds = ("biva", "lvae", "vae")
     defaults = PretrainConfig(stages="biva", channels=(8, 16, 16), latents=(16, 16, 10), blocks=2)
-    result = "model.pth"
 
     def build(
         self, config: PretrainConfig, shape: tuple[int, int, int], dataset: str

@@ -70,11 +70,11 @@ def pretrain(
 
 
 class _Training(StagedTraining):
+    family = "hvae"
     kinds = ("vae", "biva")
     # The code leaves a second input out where its shape is that of the first: widths that
     # differ keep the connections between stages.
     defaults = PretrainConfig(stages="biva", channels=(8, 16, 20), latents=(16, 16, 10), blocks=2)
-    result = "model_state_dict.pt"
 
     def build(
         self, config: PretrainConfig, shape: tuple[int, int, int], dataset: str

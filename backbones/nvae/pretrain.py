@@ -220,7 +220,7 @@ def _working_format(images: Tensor, dataset: str) -> tuple[int, int]:
 
 
 class _Training(Training):
-    result = CHECKPOINT
+    files = (CHECKPOINT,)
 
     def __init__(
         self, images: Tensor, out: Path, dataset: str, config: PretrainConfig,

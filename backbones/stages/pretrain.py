@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from backbones.stages import StagedBackbone
+from backbones.stages.checkpoint import FILES, WEIGHTS
 from backbones.stages.layers import Block, Layer
 from backbones.stages.network import normal_kl
 from backbones.training import (
@@ -147,10 +148,12 @@ class StagedTraining(Training):
         device: Where to train.
 
     Attributes:
+        family: "biva" or "hvae".
         kinds: Stages that the family offers.
         defaults: Its architecture where the settings leave it open.
     """
 
+    family: str
     kinds: tuple[str, ...]
     defaults: PretrainConfig
 
@@ -180,6 +183,11 @@ class StagedTraining(Training):
         x = self.batch(generator)
         initialise(model.network, lambda: self.terms(x, 1.0, generator))
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that a finished run leaves in `out`."""
+        return FILES[self.family]
+
     @abc.abstractmethod
     def build(
         self, config: PretrainConfig, shape: tuple[int, int, int], dataset: str
@@ -197,8 +205,9 @@ class StagedTraining(Training):
     def write(self) -> Path:
         """Write the folder, the weights last."""
         self.write_arguments()
-        save_torch_file(self.out / self.result, self.weights())
-        return self.out / self.result
+        path = self.out / WEIGHTS[self.family]
+        save_torch_file(path, self.weights())
+        return path
 
     def terms(self, x: Tensor, beta: float, generator: torch.Generator) -> Terms:
         """Loss with free bits; see the module."""
