@@ -29,8 +29,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/installed  ## speed and agreement, as ratios
+bench: $(VENV)/installed  ## the Langevin step against the published form; agreement with the public code
 	$(BIN)/python benchmarks/langevin_step.py
+	$(BIN)/python -m benchmarks.parity tests/fixtures/*/*/
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info

@@ -20,11 +20,16 @@ from torch import Tensor
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["ToyBackbone", "load"]
+__all__ = ["ToyBackbone", "load", "recognises"]
+
+SETTINGS = {"top", "bottom", "size", "sigma", "seed"}
+MAX_FILE = 1 << 12  # bytes
 
 
 class ToyLikelihood(Likelihood):
     """N(mean, sigma^2 I) on the pixels; `params` is the unclamped mean."""
+
+    name = "Gaussian"
 
     def __init__(self, params: Tensor, sigma: float) -> None:
         self.params = params
@@ -154,6 +159,17 @@ class ToyBackbone(Backbone):
         self.check_latents(z, "z")
         pixels = z[1] @ self.W.T + 0.5
         return ToyLikelihood(pixels.reshape(len(pixels), *self.image_shape), self.sigma)
+
+
+def recognises(path: Path) -> bool:
+    """A small JSON file with settings of the toy, such as `top`."""
+    try:
+        if path.stat().st_size > MAX_FILE:
+            return False
+        settings = json.loads(path.read_text())
+    except (ValueError, OSError):
+        return False
+    return isinstance(settings, dict) and bool(settings) and settings.keys() <= SETTINGS
 
 
 def load(path: str | Path, device: torch.device) -> ToyBackbone:

@@ -1,31 +1,19 @@
-"""Compare the NVAE adapter with stored reference tensors.
-
-    python benchmarks/nvae_parity.py FOLDER [NAME ...]
-
-FOLDER holds one folder per checkpoint: `checkpoint.pt`, `expected.safetensors` (tensors of
-the public code, float32) and `meta.json`. Prints, per checkpoint, the largest error of any
-tensor as a fraction of what is allowed: 1e-5 of the tensor's largest value, or five times
-the float32-against-float64 difference that `meta.json` lists, whichever is larger.
-"""
+"""What the NVAE adapter answers for every tensor of a reference file; see `parity.py`."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from backbones.nvae import NVAEBackbone, load
+from backbones.nvae import NVAEBackbone
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture
 from backbones.nvae.network import kl_divergence
 
-NOT_OUTPUTS = ("eps", "eps_q", "w", "x", "dec_eps", "dec_u_mix", "dec_u_logistic", "x_8bit")
-# The sampling temperature of the decoder and densities at t < 1 are not part of the package.
-NOT_OFFERED = ("decoder_sample_t07", "x_8bit_sub")
+NOT_COMPARED = (
+    # inputs
+    *("eps", "eps_q", "w", "x", "dec_eps", "dec_u_mix", "dec_u_logistic", "x_8bit", "x_8bit_sub"),
+    "decoder_sample_t07",  # the decoder has no sampling temperature here
+)
 
 
 def compute(backbone: NVAEBackbone, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,50 +92,3 @@ def _log_prior(backbone: NVAEBackbone, z: tuple[Tensor, ...], temperature: float
         normal = torch.distributions.Normal(mu, temperature * sigma)
         total = total + normal.log_prob(v).flatten(1).sum(1)
     return total
-
-
-def errors(
-    folder: Path, loader: Callable[[Path], NVAEBackbone] = load, subset: Path | None = None
-) -> dict[str, float]:
-    """Error of each reference tensor as a fraction of the tolerance (1 = at the bound).
-
-    Args:
-        folder: Folder of one checkpoint.
-        loader: How to load it.
-        subset: Reference file to use instead of the folder's own.
-    """
-    given = load_file(subset or folder / "expected.safetensors")
-    meta = json.loads((folder / "meta.json").read_text())["tensors"]
-    actual = compute(loader(folder / "checkpoint.pt"), given)
-    ratios = {}
-    for name, expected in given.items():
-        if name.split(".")[0] in NOT_OUTPUTS + NOT_OFFERED:
-            continue
-        if actual[name].shape != expected.shape:
-            raise ValueError(f"{name}: {tuple(actual[name].shape)}, not {tuple(expected.shape)}")
-        float32 = meta[name].get("max_abs_diff_fp32_vs_fp64") or 0.0
-        allowed = max(1e-5 * expected.abs().max().item(), 5 * float32)
-        worst = (actual[name] - expected).abs().max().item()
-        ratios[name] = worst / allowed if allowed else float(worst > 0)
-    return ratios
-
-
-def main() -> int:
-    """Print the table; exit code 1 if any tensor is out of bounds."""
-    if len(sys.argv) < 2:
-        print(__doc__)
-        return 2
-    root = Path(sys.argv[1])
-    names = sys.argv[2:] or sorted(p.parent.name for p in root.glob("*/checkpoint.pt"))
-    bad = False
-    print(f"{'checkpoint':<20}{'tensors':>8}{'worst / allowed':>17}  worst tensor")
-    for name in names:
-        ratios = errors(root / name)
-        worst = max(ratios, key=ratios.get)
-        bad |= ratios[worst] > 1
-        print(f"{name:<20}{len(ratios):>8}{ratios[worst]:>17.3f}  {worst}")
-    return int(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.fit import FitConfig, FitResult, fit
 from ebm_prior.langevin import langevin, pcnl
 from ebm_prior.prior import EnergyPrior, SamplerConfig
-from ebm_prior.registry import list_backbones, load_backbone
+from ebm_prior.registry import detect_backbone, list_backbones, load_backbone
 
 __all__ = [
     "Backbone",
@@ -30,6 +30,7 @@ __all__ = [
     "Posterior",
     "SamplerConfig",
     "__version__",
+    "detect_backbone",
     "fit",
     "langevin",
     "list_backbones",

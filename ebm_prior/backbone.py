@@ -60,9 +60,11 @@ class Likelihood(abc.ABC):
 
     Attributes:
         params: Raw decoder output, (B, *), before any cropping.
+        name: What people call it, such as "Bernoulli"; where empty, the class's name is shown.
     """
 
     params: Tensor
+    name: str = ""
 
     @abc.abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:

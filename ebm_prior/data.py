@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ from ebm_prior.sources import (
 )
 from ebm_prior.torchvision_compat import import_torchvision
 
-__all__ = ["ImageSet", "known_names", "load_images", "to_float"]
+__all__ = ["ImageSet", "known_names", "load_files", "load_images", "to_float"]
 
 Shape = tuple[int, int, int]  # C, H, W
 
@@ -141,6 +141,25 @@ def load_images(
         pixels = _pixels(part, name, shape, resize, root / "decoded")
     target = None if part.labels is None else torch.as_tensor(part.labels, dtype=torch.int64)
     return ImageSet(torch.from_numpy(pixels), target, name, split)
+
+
+def load_files(paths: Sequence[str | Path], shape: Shape, *, resize: bool = False) -> Tensor:
+    """Read a few image files.
+
+    Args:
+        paths: PNG, JPEG, ... files.
+        shape: (C, H, W) they must have.
+        resize: Crop, scale and convert those that differ, instead of refusing them.
+
+    Returns:
+        (N, C, H, W), uint8.
+
+    Raises:
+        EbmPriorError: If a file is missing, is no image, or does not fit.
+    """
+    names = np.array([str(path) for path in paths], dtype=object)
+    part = Part(names, None, partial(open_image, Path()), Path())
+    return torch.from_numpy(_pixels(part, "image files", tuple(shape), resize, None))
 
 
 Loader = Callable[..., Part]  # (split, root, download, *, stack): `stack` closes opened files
@@ -278,7 +297,9 @@ def _array(image: Image.Image, channels: int) -> np.ndarray:
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def _pixels(part: Part, name: str, shape: Shape | None, resize: bool, cache: Path) -> np.ndarray:
+def _pixels(
+    part: Part, name: str, shape: Shape | None, resize: bool, cache: Path | None
+) -> np.ndarray:
     """Pixels of a part, (N, *shape) uint8: as they are, from the cache, or decoded."""
     if part.read is None and shape in (None, part.items.shape[1:]):
         return np.ascontiguousarray(part.items)
@@ -311,7 +332,7 @@ def _pixels(part: Part, name: str, shape: Shape | None, resize: bool, cache: Pat
                 yield chunk
 
     full = (len(part.items), *shape)
-    if part.read is not None and len(part.items) > CACHE_FROM:
+    if part.read is not None and cache is not None and len(part.items) > CACHE_FROM:
         cache = cache / f"{name}-{_fingerprint(part, shape, resize)}.npy"
         try:
             if not _is_cached(cache, full):

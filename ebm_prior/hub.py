@@ -117,8 +117,14 @@ class HeadsSource:
         self.name, self.folder, self.config = name, folder, config
 
     def weights(self) -> Path:
-        """Path of `heads.safetensors`; its size fits the configuration."""
-        return self.folder / WEIGHTS
+        """Path of `heads.safetensors`; its size fits the configuration.
+
+        Raises:
+            EbmPriorError: If there is none, or it is too large or too small.
+        """
+        path = self.folder / WEIGHTS
+        check_size(path.stat().st_size, self.config, path)
+        return path
 
     def checkpoint(self, given: str | Path | None = None) -> Path:
         """Path of the backbone: the given one, where the run found it, stored, or beside.
@@ -152,8 +158,11 @@ class HeadsSource:
             return path
         if not stored.get("checkpoint"):
             return None
-        beside = self.folder.absolute().parent / Path(stored["checkpoint"]).name
-        return beside if beside.exists() else None
+        around = self.folder.absolute().parent
+        name = Path(stored["checkpoint"]).name
+        if around.name == name:  # of a family whose checkpoints are folders
+            return around
+        return around / name if (around / name).exists() else None
 
     def card(self) -> str | None:
         """Text of the model card, or None."""
@@ -250,9 +259,7 @@ def open_source(source: str | Path, **hub_options: Any) -> HeadsSource:
         for file in (CONFIG, WEIGHTS):
             if not (folder / file).is_file():
                 raise EbmPriorError(f"{folder} holds no {file}; it is not a folder of heads")
-        config = read_config(folder)
-        check_size((folder / WEIGHTS).stat().st_size, config, folder / WEIGHTS)
-        return HeadsSource(name, folder, config)
+        return HeadsSource(name, folder, read_config(folder))
     if folder.exists() or not is_hub_id(name):
         raise EbmPriorError(
             f"no heads at {name}: expected a saved folder, a run folder or a Hub id user/name"

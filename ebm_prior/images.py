@@ -18,7 +18,10 @@ from torch import Tensor
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import atomic_write, check_writable, write_bytes
 
-__all__ = ["ImageWriter", "grid", "labelled_rows", "png_bytes", "save_png", "to_pil", "to_uint8"]
+__all__ = [
+    "ImageWriter", "grid", "labelled_rows", "png_bytes", "save_png", "side_by_side", "to_pil",
+    "to_uint8",
+]  # fmt: skip
 
 MIN_WIDTH = 800  # pixels; narrower grids are enlarged by a whole factor
 MAX_ENLARGED = 128  # pixels; no image is enlarged beyond this
@@ -61,7 +64,7 @@ def grid(
     n, c, h, w = images.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
-    scale = scale or _scale(columns, w, padding)
+    scale = scale or whole_scale(columns, w, padding)
     cells = torch.full((rows * columns, c, h * scale + padding, w * scale + padding), WHITE)
     cells = cells.to(torch.uint8)
     big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -70,26 +73,34 @@ def grid(
     return torch.nn.functional.pad(picture, (0, padding, 0, padding), value=WHITE)
 
 
-def _scale(columns: int, width: int, padding: int) -> int:
+def whole_scale(columns: int, width: int, padding: int) -> int:
+    """Factor that makes a grid of images of this width 800 pixels wide, or its images 128."""
     room = MIN_WIDTH - (columns + 1) * padding
     return max(1, min(math.ceil(room / (columns * width)), MAX_ENLARGED // width))
 
 
-def labelled_rows(rows: Sequence[tuple[str, Tensor]], columns: int | None = None) -> Tensor:
+def labelled_rows(
+    rows: Sequence[tuple[str, Tensor]],
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int | None = None,
+) -> Tensor:
     """Stack labelled rows of images, for before/after pictures and transition strips.
 
     Args:
         rows: Pairs of a label, written above, and its images (N, C, H, W), uint8 or
             float in [0, 1]. All rows are drawn at one scale.
         columns: Images per line; by default each row is a single line.
+        padding: White pixels around each image.
+        scale: Whole factor by which pixels are enlarged; by default as in `grid`.
 
     Returns:
         Picture (3, H', W'), uint8.
     """
     widest = max(min(columns or len(images), len(images)) for _, images in rows)
-    scale = _scale(widest, rows[0][1].shape[-1], padding=2)
+    scale = scale or whole_scale(widest, rows[0][1].shape[-1], padding)
     font = ImageFont.load_default(LABEL_SIZE)
-    blocks = [to_pil(grid(images, columns or len(images), scale=scale)) for _, images in rows]
+    blocks = [to_pil(grid(x, columns or len(x), padding, scale)) for _, x in rows]
     line = LABEL_SIZE + 8
     width = max(
         max(block.width, math.ceil(font.getlength(label)) + 8)
@@ -102,6 +113,17 @@ def labelled_rows(rows: Sequence[tuple[str, Tensor]], columns: int | None = None
         picture.paste(block, (0, y + line))
         y += line + block.height
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def side_by_side(pictures: Sequence[Tensor], gap: int = 16) -> Tensor:
+    """Place pictures (C, H, W), uint8, next to each other on white, their tops in line."""
+    height = max(picture.shape[1] for picture in pictures)
+    pad = torch.nn.functional.pad
+    padded = [
+        pad(picture, (gap if i else 0, 0, 0, height - picture.shape[1]), value=WHITE)
+        for i, picture in enumerate(pictures)
+    ]
+    return torch.cat(padded, 2)
 
 
 def to_pil(image: Tensor) -> Image.Image:

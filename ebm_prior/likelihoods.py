@@ -41,6 +41,8 @@ class BernoulliLikelihood(Likelihood):
         crop: Pixels cut from each border where the network works on a padded image.
     """
 
+    name = "Bernoulli"
+
     def __init__(self, params: Tensor, crop: int = 0) -> None:
         self.params = params
         self.logits = params[..., crop : -crop or None, crop : -crop or None]
@@ -74,6 +76,8 @@ class BinomialLikelihood(Likelihood):
         params: Logits, (B, C, H, W).
         trials: Coins per pixel; images have the levels k / trials.
     """
+
+    name = "binomial"
 
     def __init__(self, params: Tensor, trials: int) -> None:
         self.params = params
@@ -114,6 +118,8 @@ class DiscretizedLogisticMixture(Likelihood):
         bits: Bits per channel of the data.
         edge: Pixels in [-1, 1] above it belong to the uppermost bin; codes differ here.
     """
+
+    name = "mixture of discretized logistics"
 
     def __init__(self, params: Tensor, bits: int = 8, edge: float = 0.99) -> None:
         if params.shape[1] % 10:

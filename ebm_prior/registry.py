@@ -2,11 +2,18 @@
 
 An entry point names a function `load(path, device) -> Backbone`. This package's own
 adapters register in `pyproject.toml` exactly as a third party's would.
+
+The module that holds `load` may also hold `recognises(path) -> bool`, so that users need not
+name the family. It should be quick and must run nothing of the file; an exception counts as
+a no, and the first line of its docstring says what it looks for.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -16,7 +23,9 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import sha256_of
 
-__all__ = ["check_device", "find_trainer", "list_backbones", "load_backbone"]
+__all__ = [
+    "check_device", "detect_backbone", "find_trainer", "list_backbones", "load_backbone",
+]  # fmt: skip
 
 ENTRY_POINT_GROUP = "ebm_prior.backbones"
 TRAINER_GROUP = "ebm_prior.pretrain"
@@ -43,11 +52,59 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
     path = Path(path)
     if not path.exists():
         raise EbmPriorError(f"no such checkpoint: {path}")
-    backbone = _find(name).load()(path, device).freeze()
+    adapter = _find(name).load()
+    try:
+        backbone = adapter(path, device).freeze()
+    except EbmPriorError:
+        raise
+    except Exception as error:  # an adapter, perhaps someone else's, that did not foresee it
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise EbmPriorError(
+            f"{path} cannot be loaded as {name}: {type(error).__name__}: {line}"
+        ) from error
     backbone.name = name
     backbone.checkpoint = str(path)
     backbone.sha256 = sha256_of(path)
     return backbone
+
+
+def detect_backbone(path: str | Path) -> str:
+    """Family of a checkpoint, by asking every installed adapter that `recognises` its own.
+
+    Args:
+        path: Checkpoint as some family's training code writes it. It is not loaded.
+
+    Raises:
+        EbmPriorError: If there is no such file or folder, or not exactly one family
+            recognises it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise EbmPriorError(f"no such checkpoint: {path}")
+    found, sought = [], []
+    for name in list_backbones():
+        # a broken plug-in of someone else's must not stop the others
+        with suppress(Exception):
+            recognises = importlib.import_module(_find(name).module).recognises
+            sought.append(f"{name}: {_first_line(recognises)}")
+            if recognises(path):
+                found.append(name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise EbmPriorError(
+            f"{path} may belong to {' or '.join(found)}; say which with --backbone"
+        )
+    raise EbmPriorError(
+        f"{path} is no checkpoint of a known family; looked for {'; '.join(sought) or 'nothing'}. "
+        "Give its right path, or name its family with --backbone"
+    )
+
+
+def _first_line(function: Callable) -> str:
+    """First line of a docstring as part of a sentence."""
+    line = (inspect.getdoc(function) or "Its own files.").splitlines()[0]
+    return (line[0].lower() + line[1:]).rstrip(".").replace("`", "")
 
 
 def find_trainer(name: str) -> Callable:

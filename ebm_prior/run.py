@@ -58,7 +58,9 @@ class RunFolder:
             (self.path / "state").mkdir(parents=True, exist_ok=True)
             (self.path / "samples").mkdir(exist_ok=True)
         except OSError as error:
-            raise EbmPriorError(f"cannot create {self.path}: {error.strerror}") from error
+            raise EbmPriorError(
+                f"cannot create {self.path}: {error.strerror}; choose another --out"
+            ) from error
         self.write_config(config)
 
     def write_config(self, config: dict) -> None:

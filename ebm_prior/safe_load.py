@@ -21,7 +21,11 @@ from ebm_prior.errors import EbmPriorError
 
 FORMAT_KEY = "ebm_prior_checkpoint"  # of the metadata of a checkpoint in safetensors
 
-__all__ = ["Named", "load_pickle_file", "load_torch_file", "plain_state", "sha256_of"]
+__all__ = [
+    "Named", "load_pickle_file", "load_torch_file", "mentions", "plain_state", "sha256_of",
+]  # fmt: skip
+
+MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
 
 
 def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
@@ -102,6 +106,30 @@ def _decode(node: Any, file: Any) -> Any:
     if kind == "value" and not isinstance(value, (dict, list)):
         return value
     raise ValueError(f"unknown entry {kind!r}")
+
+
+def mentions(path: str | Path, word: str) -> bool:
+    """Whether a file of `torch.save` holds a word, such as a weight's name, in its pickle.
+
+    For telling families apart: nothing is unpickled and no weight is read. False for
+    whatever is no such file.
+    """
+    path = Path(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                index = [e for e in archive.infolist() if e.filename.endswith("data.pkl")]
+                # what is compressed is a bomb, as in `load_torch_file`
+                if len(index) != 1 or index[0].compress_type != zipfile.ZIP_STORED:
+                    return False
+                with archive.open(index[0]) as file:
+                    return word.encode() in file.read(MAX_INDEX)
+        with path.open("rb") as file:
+            # In the format before zip the pickle comes before the weights.
+            start = file.read(2)
+            return start == b"\x80\x02" and word.encode() in file.read(MAX_INDEX)
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+        return False
 
 
 def plain_state(state: Mapping[Any, Any], path: Path, hint: str = "") -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from copy import deepcopy
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from ebm_prior.prior import EnergyPrior
 
 __all__ = [
-    "check_config", "check_fits", "check_size", "heads_bytes", "prior_config", "read_config",
-    "read_weights", "shareable",
+    "check_config", "check_fits", "check_size", "count_weights", "heads_bytes", "prior_config",
+    "read_config", "read_weights", "shareable",
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
@@ -60,6 +61,7 @@ def prior_config(prior: EnergyPrior) -> dict:
             "groups": [[group.name, list(group.shape)] for group in backbone.groups],
             "feature_shape": list(backbone.feature_shape),
             "image_shape": list(backbone.image_shape),
+            "parameters": sum(p.numel() for p in backbone.parameters()),
         },
         **prior.config(),
     }
@@ -308,15 +310,29 @@ def _check_names(names: list[str], file: Any, expected: Mapping[str, Tensor], pa
             raise EbmPriorError(f"{path}: {name} holds no floating-point numbers")
 
 
+def count_weights(path: Path) -> int:
+    """Numbers in a safetensors file, from its header alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise EbmPriorError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def check_fits(config: dict, backbone: Backbone, source: object, check_hash: bool) -> None:
     """Refuse heads that were fitted on another backbone."""
     stored = config["backbone"]
     groups = [[group.name, list(group.shape)] for group in backbone.groups]
+    theirs, ours = (
+        " ".join("x".join(map(str, shape)) for shape in [*(s for _, s in listed), features])
+        for listed, features in (
+            (stored["groups"], stored["feature_shape"]),
+            (groups, backbone.feature_shape),
+        )
+    )
     if stored["groups"] != groups or stored["feature_shape"] != list(backbone.feature_shape):
-        theirs = " ".join("x".join(map(str, shape)) for _, shape in stored["groups"])
-        ours = " ".join("x".join(map(str, shape)) for _, shape in groups)
         raise EbmPriorError(
-            f"{source} was fitted on another backbone: its groups are {theirs}, "
+            f"{source} was fitted on another backbone: its groups and features are {theirs}, "
             f"this backbone's are {ours}"
         )
     known = (stored["sha256"], stored.get("converted", {}).get("sha256"))

@@ -129,7 +129,9 @@ def write_biva(folder, state=None, dataset="binmnist", **changes):
     if state is None:
         where = folder / "hyperparameters.p"
         checked = biva._options(biva.load_pickle_file(where, biva.NAMES), where)
-        shape, _ = biva._padded(checked["tensor_shp"][-3:], checked["padded_shp"], where)
+        shape, _ = biva.padded(
+            checked["tensor_shp"][-3:], checked["padded_shp"], "padded_shp", where
+        )
         name = checked["log_var_act"]
         torch.manual_seed(0)
         state = public_state(
@@ -156,7 +158,9 @@ def write_hvae(folder, name="VAE", state=None, dataset="MNISTBinarized", **chang
     if state is None:
         where = folder / "model_kwargs.pt"
         checked = hvae._options({"kwargs": options}, where)
-        shape, _ = hvae._padded(tuple(checked["shape"]), checked["padded_shape"], where)
+        shape, _ = hvae.padded(
+            tuple(checked["shape"]), checked["padded_shape"], "padded_shape", where
+        )
         kind = hvae.LIKELIHOODS[checked["likelihood_module"]]
         outputs = {"bernoulli": shape[0], "logistic": 2 * shape[0], "mixture": 100}[kind]
         # the geometry of the blocks that only the weights state, as the code makes it

@@ -11,7 +11,7 @@ import torch
 
 import ebm_prior
 from backbones.biva import load
-from benchmarks.stages_parity import errors
+from benchmarks.parity import errors
 from ebm_prior import EbmPriorError
 from ebm_prior.testing import check_backbone, noise
 from tests.sessions import (

@@ -14,11 +14,19 @@ from ebm_prior.metrics import load_features
 from ebm_prior.testing import check_backbone
 
 ROOT = Path(__file__).parent.parent / "checkpoints"
-FOLDERS = sorted(path.parent for path in ROOT.glob("*/checkpoint.pt"))
+FOLDERS = sorted(path.parent for path in ROOT.glob("*/card.json"))
+FITTED = [folder for folder in FOLDERS if (folder / "heads").exists()]
+WEIGHTS = {"biva": "model.pth", "hvae": "model_state_dict.pt", "nvae": "checkpoint.pt"}
+
+
+def weights(folder):
+    """Family of a shipped backbone, and the file with its weights."""
+    family = folder.name.partition("_")[0]
+    return family, folder / WEIGHTS[family]
 
 
 def load(folder):
-    backbone = load_backbone("nvae", folder / "checkpoint.pt")
+    backbone = load_backbone(*weights(folder))
     return backbone, EnergyPrior.from_pretrained(folder / "heads", backbone=backbone)
 
 
@@ -32,21 +40,29 @@ def test_sums_are_those_written_down():
     assert listed == shipped
     for folder in FOLDERS:
         card = json.loads((folder / "card.json").read_text())
-        assert card["sha256"] == shipped[f"{folder.name}/checkpoint.pt"]
+        assert card["sha256"] == shipped[str(weights(folder)[1].relative_to(ROOT))]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
-def test_backbone_and_heads_load_and_sample(folder):
-    backbone, prior = load(folder)
+def test_backbone_loads(folder):
+    backbone = load_backbone(*weights(folder))
     check_backbone(backbone)
+    card = json.loads((folder / "card.json").read_text())
+    assert sum(p.numel() for p in backbone.network.parameters()) == card["parameters"]
+    assert backbone.dataset == folder.name.partition("_")[2]
+
+
+@pytest.mark.parametrize("folder", FITTED, ids=lambda p: p.name)
+def test_heads_load_and_sample(folder):
+    backbone, prior = load(folder)
     x = prior.sample(2, steps=2, generator=torch.Generator().manual_seed(0))
     assert x.shape == (2, *backbone.image_shape) and 0 <= x.min() and x.max() <= 1
 
 
 def test_heads_of_one_are_refused_on_another():
-    backbone, _ = load(FOLDERS[0])
+    backbone, _ = load(FITTED[0])
     with pytest.raises(ValueError, match="another backbone"):
-        EnergyPrior.from_pretrained(FOLDERS[1] / "heads", backbone=backbone)
+        EnergyPrior.from_pretrained(FITTED[1] / "heads", backbone=backbone)
 
 
 def test_the_digits_heads_improve_on_the_gaussian_prior():

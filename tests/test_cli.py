@@ -64,9 +64,11 @@ def _inside(world, monkeypatch):
     monkeypatch.chdir(world)
 
 
-@pytest.mark.parametrize(
-    "command", ["", "fit", "sample", "evaluate", "pretrain", "push", "pull", "import", "demo"]
-)
+VERBS = ["fit", "sample", "evaluate", "hierarchy", "info", "pretrain"]
+VERBS += ["push", "pull", "import", "demo"]
+
+
+@pytest.mark.parametrize("command", ["", *VERBS])
 def test_help_has_an_example(command):
     text = run(*command.split(), "--help")
     assert f"ebm-prior {command}" in text
@@ -222,7 +224,9 @@ FIT = ["fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz"]
         (["sample", "--out", "x.gif"], 1, "x.gif"),
         (["sample", "--readjust-bn"], 2, "no batch-norm statistics"),
         (["fit", "--backbone", "toy"], 2, "--ckpt"),
-        (["fit", "--ckpt", "toy.json"], 2, "--backbone"),
+        (["fit", "--ckpt", "toy.json"], 1, "does not name its data set"),
+        (["fit", "--ckpt", "x.npz"], 1, "no checkpoint of a known family"),
+        (["fit", "--backbone", "nvae", "--ckpt", "toy.json"], 1, "not a readable PyTorch"),
         (["fit", "--backbone", "vqvae", "--ckpt", "toy.json"], 1, "unknown backbone 'vqvae'"),
         ([*FIT[:5]], 1, "does not name its data set"),
         ([*FIT[:5], "--data", "nothing.zip"], 1, "nothing.zip"),
@@ -273,7 +277,9 @@ def test_another_backbone_is_refused(tmp_path):
         tmp_path / "x.png",
     )
     (tmp_path / "wide.json").write_text('{"top": 4, "bottom": 3, "size": 8}')
-    assert "its groups are 2 3" in run("sample", "--ckpt", tmp_path / "wide.json", code=1)
+    assert "its groups and features are 2 3" in run(
+        "sample", "--ckpt", tmp_path / "wide.json", code=1
+    )
 
 
 def test_wrong_image_sizes_are_refused_or_resized(tmp_path):

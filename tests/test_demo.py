@@ -6,8 +6,8 @@ import torch
 
 from ebm_prior import EbmPriorError, EnergyPrior
 from ebm_prior.demo import draw, load, page
-from tests.test_checkpoints import FOLDERS
 from tests.test_cli import run
+from tests.test_hub import SHIPPED
 
 
 @pytest.fixture
@@ -33,8 +33,9 @@ def test_settings_out_of_range_are_refused(prior, settings):
         draw(prior, *settings)
 
 
-def test_shipped_heads_find_their_backbone():
-    prior = load(str(FOLDERS[0] / "heads"))
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda p: p.name)
+def test_shipped_heads_find_their_backbone(folder):
+    prior = load(str(folder / "heads"))
     assert prior.backbone.sha256 and isinstance(prior.heads, torch.nn.ModuleList)
 
 

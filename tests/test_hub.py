@@ -494,7 +494,7 @@ HOSTILE = {
     "endless nesting": (lambda: {"config.json": b"[" * 500_000}, "not readable JSON"),
     "another backbone": (
         lambda: {"config.json": changed_config(backbone__groups=[["z0", [3]], ["z1", [3]]])},
-        "its groups are 3 3, this backbone's are 2 3|cannot be",
+        "its groups and features are",
     ),
     "a future version": (
         lambda: {"config.json": changed_config(format_version=2)},
@@ -566,7 +566,7 @@ def test_a_different_checkpoint_must_be_allowed(hub, world):
     assert "--any-backbone" in run(*sample, code=1)
     assert not hub.asked("GET /cdn")  # the weights are not even fetched
     run(*sample, "--any-backbone")
-    with pytest.raises(EbmPriorError, match="its groups are 2 3"):
+    with pytest.raises(EbmPriorError, match="its groups and features are 2 3"):
         EnergyPrior.from_pretrained(REPO, backbone=ToyBackbone(bottom=5))
 
 

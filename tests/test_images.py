@@ -13,7 +13,7 @@ from PIL import Image
 from ebm_prior import files
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import CannotWriteError, atomic_write, check_writable, write_json
-from ebm_prior.images import ImageWriter, grid, labelled_rows, save_png, to_uint8
+from ebm_prior.images import ImageWriter, grid, labelled_rows, save_png, side_by_side, to_uint8
 
 
 def pictures(n=5, c=3, h=6, w=8, seed=0):
@@ -221,3 +221,11 @@ def test_a_read_only_folder_is_refused_before_sampling(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(EbmPriorError, match="cannot write .*Permission denied"):
         ImageWriter(tmp_path / "a.zip", count=1)
+
+
+def test_pictures_stand_side_by_side():
+    tall, wide = torch.zeros(3, 4, 2, dtype=torch.uint8), torch.ones(3, 2, 5, dtype=torch.uint8)
+    picture = side_by_side([tall, wide], gap=3)
+    assert picture.shape == (3, 4, 10) and picture.dtype == torch.uint8
+    assert torch.equal(picture[..., :2], tall) and torch.equal(picture[:, :2, 5:], wide)
+    assert (picture[..., 2:5] == 255).all() and (picture[:, 2:, 5:] == 255).all()

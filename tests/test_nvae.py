@@ -27,7 +27,7 @@ from backbones.nvae.checkpoint import (
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce_bits
 from backbones.nvae.network import Network
 from backbones.nvae.pretrain import elbo
-from benchmarks.nvae_parity import errors
+from benchmarks.parity import errors
 from ebm_prior import EbmPriorError
 from ebm_prior.data import load_images
 from ebm_prior.testing import check_backbone
@@ -83,7 +83,7 @@ def eps_for(backbone, batch=3, seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_public_code(name):
-    ratios = errors(FIXTURES / name)
+    ratios = errors(FIXTURES / name, "nvae")
     assert len(ratios) >= 20
     bad = {k: v for k, v in ratios.items() if not v <= 1}
     assert not bad
@@ -94,14 +94,14 @@ def test_agrees_on_all_given_checkpoints():
     folders = [p.parent for p in sorted(Path(EXTRA).glob("**/nvae/*/checkpoint.pt"))]
     assert folders
     for folder in folders:
-        ratios = errors(folder)
+        ratios = errors(folder, "nvae")
         assert not {k: v for k, v in ratios.items() if not v <= 1}, folder.name
 
 
 def test_unfolded_form_agrees_too(monkeypatch):
     """The stored tensors pin the plain network, not only its folded form."""
     monkeypatch.setattr(Network, "folded", lambda self: self)
-    ratios = errors(FIXTURES / "legacy")
+    ratios = errors(FIXTURES / "legacy", "nvae")
     assert max(ratios.values()) <= 1
 
 

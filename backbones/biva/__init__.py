@@ -7,13 +7,19 @@ from pathlib import Path
 
 import torch
 
-from backbones.biva.checkpoint import read_checkpoint
+from backbones.biva.checkpoint import Checkpoint, read_checkpoint
 from backbones.stages import StagedBackbone
+from backbones.stages.checkpoint import is_session
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
-__all__ = ["load"]
+__all__ = ["load", "recognises"]
 
 EDGE = 0.999  # from here on a pixel in [-1, 1] belongs to the outermost bin
+
+
+def recognises(path: Path) -> bool:
+    """A session folder with `hyperparameters.p`, or a file of it."""
+    return is_session(path, "biva")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone:
@@ -27,7 +33,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         EbmPriorError: If the folder is no complete BIVA session, does not fit itself or
             needs an option that is not supported; see `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path)
+    return make_backbone(read_checkpoint(path)).to(device)
+
+
+def make_backbone(checkpoint: Checkpoint) -> StagedBackbone:
+    """The interface around a session's network."""
     mixture = checkpoint.mixture
     return StagedBackbone(
         checkpoint.network,
@@ -37,4 +47,4 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         centred=mixture,
         dataset=checkpoint.dataset,
         binarize=not mixture,
-    ).to(device)
+    )

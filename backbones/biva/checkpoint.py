@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from backbones.biva.network import BivaNetwork
-from backbones.stages.checkpoint import fill, kernel_of, open_session, positive, read_state
+from backbones.stages.checkpoint import (
+    fill,
+    kernel_of,
+    open_session,
+    padded,
+    positive,
+    read_state,
+)
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import Named, load_pickle_file
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["DATASETS", "NAMES", "Checkpoint", "build", "read_checkpoint"]
 
 NAMES = {
     "biva.model.stage.BivaStage": "biva",
@@ -41,7 +48,7 @@ DATASETS = {"binmnist": "mnist", "cifar": "cifar10"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A session that has been read and checked.
+    """A session that has been read and checked, or is about to be trained.
 
     Attributes:
         network: The network with its weights, on the CPU.
@@ -67,11 +74,38 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     session = open_session(path, "biva")
     where = session["hyperparameters.p"]
-    options = _options(load_pickle_file(where, NAMES), where)
-    config = _config(session["config.json"])
+    hyperparameters = load_pickle_file(where, NAMES)
+    dataset = _config(session["config.json"]).get("dataset")
+    dataset = DATASETS.get(dataset, dataset) if isinstance(dataset, str) else None
     state = read_state(session["model.pth"])
+    # Spend no memory and no random numbers on weights about to be replaced.
+    with torch.device("meta"):
+        checkpoint = build(hyperparameters, where, state, dataset)
+    fill(checkpoint.network, state, session["model.pth"])
+    return checkpoint
+
+
+def build(
+    hyperparameters: Mapping[str, Any],
+    where: Path,
+    state: Mapping[str, Tensor],
+    dataset: str | None,
+) -> Checkpoint:
+    """The network of these hyperparameters, with random weights.
+
+    Args:
+        hyperparameters: As in `hyperparameters.p`, with `Named` for classes and functions.
+        where: Where they come from, for messages.
+        state: Stored weights, for the few blocks whose geometry they alone state; may be
+            empty.
+        dataset: Data set to note.
+
+    Raises:
+        EbmPriorError: If an option is not supported or does not fit the others.
+    """
+    options = _options(hyperparameters, where)
     image_shape = _image_shape(options["tensor_shp"], where)
-    in_shape, padding = _padded(image_shape, options["padded_shp"], where)
+    in_shape, padding = padded(image_shape, options["padded_shp"], "padded_shp", where)
     outputs = positive(options["features_out"], "features_out", where)
     channels = image_shape[0]
     if outputs != channels and (channels != 3 or outputs % 10):
@@ -82,28 +116,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     specs = _stages(options, state, where)
     name = options["log_var_act"]
     try:
-        # Spend no memory and no random numbers on weights about to be replaced.
-        with torch.device("meta"):
-            network = BivaNetwork(
-                specs,
-                in_shape,
-                outputs,
-                ACTIVATIONS[options["nonlinearity"]],
-                None if name is None else name.name,
-            )
+        network = BivaNetwork(
+            specs,
+            in_shape,
+            outputs,
+            ACTIVATIONS[options["nonlinearity"]],
+            None if name is None else name.name,
+        )
     except EbmPriorError as error:
         raise EbmPriorError(f"{where}: {error}") from error
     except RuntimeError as error:  # sizes beyond 64 bits
         raise EbmPriorError(f"{where}: its sizes make no network: {error}") from error
-    fill(network, state, session["model.pth"])
-    dataset = config.get("dataset")
-    return Checkpoint(
-        network,
-        image_shape,
-        padding,
-        outputs != channels,
-        DATASETS.get(dataset, dataset) if isinstance(dataset, str) else None,
-    )
+    return Checkpoint(network, image_shape, padding, outputs != channels, dataset)
 
 
 def _config(path: Path) -> Mapping[str, Any]:
@@ -146,22 +170,6 @@ def _image_shape(value: Any, path: Path) -> Shape:
     if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
         raise EbmPriorError(f"{path}: tensor_shp={value!r} is not (-1, C, H, W)")
     return tuple(positive(n, "a size in tensor_shp", path) for n in value[-3:])
-
-
-def _padded(shape: Shape, padded: Any, path: Path) -> tuple[Shape, tuple[int, int]]:
-    """Shape that the network works on, and the zeros on each side."""
-    if padded is None:
-        return shape, (0, 0)
-    if not isinstance(padded, (list, tuple)) or len(padded) < 2:
-        raise EbmPriorError(f"{path}: padded_shp={padded!r} is not supported")
-    sizes = [positive(n, "a size in padded_shp", path) for n in padded[-2:]]
-    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
-    if any(n < 0 or n % 2 for n in excess):
-        raise EbmPriorError(
-            f"{path}: padded_shp={padded!r} around {shape[1]}x{shape[2]} images is not "
-            "supported; the same padding must fit on both sides"
-        )
-    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
 
 
 def _stages(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from backbones.hvae.checkpoint import read_checkpoint
+from backbones.hvae.checkpoint import Checkpoint, read_checkpoint
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.stages import StagedBackbone
+from backbones.stages.checkpoint import is_session
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
-__all__ = ["load"]
+__all__ = ["load", "recognises"]
 
 LIKELIHOODS = {
     "bernoulli": BernoulliLikelihood,
@@ -20,6 +21,11 @@ LIKELIHOODS = {
     # From 0.999 on a pixel in [-1, 1] belongs to the outermost bin.
     "mixture": partial(DiscretizedLogisticMixture, edge=0.999),
 }
+
+
+def recognises(path: Path) -> bool:
+    """A model folder with `model_class_name.pt`, or a file of it."""
+    return is_session(path, "hvae")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone:
@@ -33,7 +39,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         EbmPriorError: If the folder is no complete HVAE model, does not fit itself or needs
             an option that is not supported; see `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path)
+    return make_backbone(read_checkpoint(path)).to(device)
+
+
+def make_backbone(checkpoint: Checkpoint) -> StagedBackbone:
+    """The interface around a model's network."""
     return StagedBackbone(
         checkpoint.network,
         LIKELIHOODS[checkpoint.likelihood],
@@ -41,4 +51,4 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         checkpoint.padding,
         dataset=checkpoint.dataset,
         binarize=checkpoint.likelihood == "bernoulli",
-    ).to(device)
+    )

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from backbones.hvae.network import HvaeNetwork
-from backbones.stages.checkpoint import fill, kernel_of, open_session, positive, read_state
+from backbones.stages.checkpoint import (
+    fill,
+    kernel_of,
+    open_session,
+    padded,
+    positive,
+    read_state,
+)
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import load_torch_file
 
-__all__ = ["Checkpoint", "LIKELIHOODS", "read_checkpoint"]
+__all__ = ["Checkpoint", "build", "read_checkpoint"]
 
 CLASSES = {"VAE": "vae", "LVAE": "lvae", "BIVA": "biva"}
 LIKELIHOODS = {
@@ -43,7 +50,7 @@ DATASETS = {"fashionmnist": "fashion_mnist", "smallnorb": "small_norb"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has been read and checked.
+    """A folder that has been read and checked, or is about to be trained.
 
     Attributes:
         network: The network with its weights, on the CPU.
@@ -83,11 +90,38 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     where = session["model_kwargs.pt"]
     # The size of the input is saved as a torch.Size, a tuple that runs nothing.
-    options = _options(load_torch_file(where, allowed=[torch.Size]), where)
+    model_kwargs = load_torch_file(where, allowed=[torch.Size])
     dataset = _dataset(session["datamodule_config.pt"])
     state = read_state(session["model_state_dict.pt"])
+    # Spend no memory and no random numbers on weights about to be replaced.
+    with torch.device("meta"):
+        checkpoint = build(name, model_kwargs, where, state, dataset)
+    fill(checkpoint.network, state, session["model_state_dict.pt"], UNUSED)
+    return checkpoint
+
+
+def build(
+    name: str,
+    model_kwargs: Mapping[str, Any],
+    where: Path,
+    state: Mapping[str, Tensor],
+    dataset: str | None,
+) -> Checkpoint:
+    """The network of these arguments, with random weights.
+
+    Args:
+        name: Class of the model, "VAE", "LVAE" or "BIVA".
+        model_kwargs: As in `model_kwargs.pt`.
+        where: Where they come from, for messages.
+        state: Stored weights, for what they alone state of the geometry; may be empty.
+        dataset: Data set to note.
+
+    Raises:
+        EbmPriorError: If an option is not supported or does not fit the others.
+    """
+    options = _options(model_kwargs, where)
     image_shape = tuple(positive(n, "a size in input_shape", where) for n in options["shape"])
-    in_shape, padding = _padded(image_shape, options["padded_shape"], where)
+    in_shape, padding = padded(image_shape, options["padded_shape"], "padded_shape", where)
     likelihood = LIKELIHOODS[options["likelihood_module"]]
     channels = image_shape[0]
     if likelihood == "mixture" and channels != 3:
@@ -95,22 +129,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     outputs = {"bernoulli": channels, "logistic": 2 * channels, "mixture": 10 * MIXTURES}
     specs = _stages(options, CLASSES[name], state, where)
     try:
-        # Spend no memory and no random numbers on weights about to be replaced.
-        with torch.device("meta"):
-            network = HvaeNetwork(
-                specs,
-                in_shape,
-                image_shape[1:],
-                outputs[likelihood],
-                1 if likelihood == "mixture" else 3,
-                likelihood == "bernoulli",
-                ACTIVATIONS[options["activation"].lower()],
-            )
+        network = HvaeNetwork(
+            specs,
+            in_shape,
+            image_shape[1:],
+            outputs[likelihood],
+            1 if likelihood == "mixture" else 3,
+            likelihood == "bernoulli",
+            ACTIVATIONS[options["activation"].lower()],
+        )
     except EbmPriorError as error:
         raise EbmPriorError(f"{where}: {error}") from error
     except RuntimeError as error:  # sizes beyond 64 bits
         raise EbmPriorError(f"{where}: its sizes make no network: {error}") from error
-    fill(network, state, session["model_state_dict.pt"], UNUSED)
     return Checkpoint(network, image_shape, padding, likelihood, dataset)
 
 
@@ -160,22 +191,6 @@ def _options(data: Any, path: Path) -> dict[str, Any]:
         raise EbmPriorError(f"{path}: input_shape={shape!r} is not (C, H, W)")
     options["shape"] = shape[-3:]
     return options
-
-
-def _padded(shape: Shape, padded: Any, path: Path) -> tuple[Shape, tuple[int, int]]:
-    """Shape that the network works on, and the zeros on each side."""
-    if padded is None:
-        return shape, (0, 0)
-    if not isinstance(padded, (list, tuple)) or len(padded) < 2:
-        raise EbmPriorError(f"{path}: padded_shape={padded!r} is not supported")
-    sizes = [positive(n, "a size in padded_shape", path) for n in padded[-2:]]
-    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
-    if any(n < 0 or n % 2 for n in excess):
-        raise EbmPriorError(
-            f"{path}: padded_shape={padded!r} around {shape[1]}x{shape[2]} images is not "
-            "supported; the same padding must fit on both sides"
-        )
-    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
 
 
 def _stages(

@@ -24,6 +24,8 @@ class DiscretizedLogistic(Likelihood):
         log_scale: Logarithm of its scale, at least -7.
     """
 
+    name = "discretized logistic"
+
     def __init__(self, params: Tensor) -> None:
         self.params = params
         location, log_scale = params.chunk(2, 1)

@@ -14,8 +14,9 @@ from backbones.nvae.network import TOP_SIGMA, GroupPosterior, Network
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.likelihoods import BernoulliLikelihood, BinomialLikelihood
+from ebm_prior.safe_load import mentions
 
-__all__ = ["NVAEBackbone", "load"]
+__all__ = ["NVAEBackbone", "load", "recognises"]
 
 DIGITS_LEVELS = 16  # scikit-learn's digits hold counts of 0 to 16
 PADDING = 2  # MNIST and OMNIGLOT: 28x28 images in a 32x32 network
@@ -257,6 +258,12 @@ class NVAEBackbone(Backbone):
 
 def _refold(module: NVAEBackbone, _: object) -> None:
     module.refold()
+
+
+def recognises(path: Path) -> bool:
+    """A `checkpoint.pt` with the weights of an NVAE, or a folder that holds one."""
+    # the learned start of the top-down path, which every NVAE has
+    return mentions(path / "checkpoint.pt" if path.is_dir() else path, "prior_ftr0")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> NVAEBackbone:

@@ -39,6 +39,8 @@ class NvaeGaussian(Likelihood):
         bits: Bits per channel of the data.
     """
 
+    name = "Gaussian"
+
     def __init__(self, params: Tensor, bits: int = 8) -> None:
         self.params = params
         self.bits = bits

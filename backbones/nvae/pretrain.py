@@ -12,17 +12,13 @@ Reference: Vahdat and Kautz, 2020, NVAE, https://arxiv.org/abs/2007.03898
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from backbones.nvae import NVAEBackbone
 from backbones.nvae.checkpoint import (
@@ -34,20 +30,25 @@ from backbones.nvae.checkpoint import (
     network_config,
 )
 from backbones.nvae.network import GroupPosterior, Network, kl_divergence
+from backbones.training import (
+    Progress,
+    Terms,
+    Training,
+    TrainingConfig,
+    configure,
+    elbo_of,
+    save_torch_file,
+)
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.files import write_bytes
-from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.registry import check_device
-from ebm_prior.safe_load import load_torch_file
 
 __all__ = ["PretrainConfig", "elbo", "pretrain"]
 
-CHECKPOINT, STATE = "checkpoint.pt", "state.pt"
-Progress = Callable[[int, int, dict[str, float]], None]
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(TrainingConfig):
     """Settings of stage one; what is 0 or empty is chosen by image size.
 
     Attributes:
@@ -64,17 +65,6 @@ class PretrainConfig:
         flows: Normalizing flows per group, in q only.
         mixtures: Components of the logistic mixture (colour images; 1: Gaussian).
         bits: Bits per channel the images are reduced to (colour images).
-        iterations: Optimizer steps.
-        epochs: Passes over the images; where given, decides `iterations`.
-        batch_size: Images per step.
-        lr: Adamax learning rate after warm-up; falls to `lr_min` along a cosine.
-        lr_min: Learning rate at the end.
-        warmup: Share of the steps over which the rate rises.
-        weight_decay: Adamax L2 penalty.
-        kl_anneal: Share of the steps over which beta rises to 1.
-        clip: Largest gradient norm; beyond, the gradient is scaled down to it.
-        save_every: Steps between saves of the state to resume from.
-        seed: Seed of everything random.
     """
 
     channels_enc: int = 0
@@ -90,41 +80,13 @@ class PretrainConfig:
     flows: int = 0
     mixtures: int = 10
     bits: int = 8
-    iterations: int = 6000
-    epochs: int = 0
-    batch_size: int = 64
-    lr: float = 1e-2
-    lr_min: float = 1e-4
-    warmup: float = 0.05
-    weight_decay: float = 3e-4
-    kl_anneal: float = 0.3
-    clip: float = 200.0
-    save_every: int = 500
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, default = getattr(self, field.name), field.default
-            kind = type(default)
-            if kind is float:
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise EbmPriorError(f"{field.name} must be a number, got {value!r}")
-                valid = 0 <= value < math.inf
-            elif kind is int and not isinstance(value, bool):
-                valid = isinstance(value, int) and value >= 0
-            else:
-                valid = isinstance(value, kind)
-            if not valid:
-                raise EbmPriorError(f"{field.name} must not be {value!r}")
-        for name in ("iterations", "save_every", "cells", "mixtures", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise EbmPriorError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise EbmPriorError("batch_size must be at least 2: batch norm needs more than one")
+        super().__post_init__()
+        for name in ("cells", "mixtures"):
+            self.require_positive(name)
         if not 1 <= self.bits <= 8:
             raise EbmPriorError(f"bits must lie in 1 ... 8, got {self.bits}")
-        if self.warmup >= 1 or self.kl_anneal > 1:
-            raise EbmPriorError("warmup and kl_anneal are shares of the steps, below 1")
         if self.architecture and self.architecture not in ARCHITECTURES:
             raise EbmPriorError(
                 f"unknown architecture {self.architecture!r}; known are {', '.join(ARCHITECTURES)}"
@@ -180,7 +142,7 @@ def pretrain(
         progress: Called after every step with steps done, steps in all, and the batch's
             `loss`, `elbo` (nats per image) and `kl`; by default a progress bar, on a
             terminal.
-        settings: Fields of `PretrainConfig`.
+        settings: Fields of `PretrainConfig` and of `TrainingConfig`.
 
     Returns:
         Path of the checkpoint, which `ebm_prior.load_backbone("nvae", path)` and the public
@@ -191,21 +153,15 @@ def pretrain(
             a loss that is not finite.
         Interrupted: On Ctrl-C, after saving.
     """
-    unknown = settings.keys() - {field.name for field in fields(PretrainConfig)}
-    if unknown:
-        raise EbmPriorError(f"unknown pretrain settings: {', '.join(sorted(unknown))}")
+    config = configure(PretrainConfig, settings, images)
     channels, size = _working_format(images, dataset)
-    config = PretrainConfig(**settings).for_images(channels, size)
-    if config.epochs:
-        steps = _steps_per_epoch(len(images), config.batch_size)
-        config = replace(config, iterations=config.epochs * steps)
+    config = config.for_images(channels, size)
     training = _Training(images, Path(out), dataset, config, check_device(device), size)
     training.prepare(resume)
     training.run(progress)
     return training.finish()
 
 
-@torch.no_grad()
 def elbo(
     backbone: NVAEBackbone, images: Tensor, *, batch_size: int = 250, seed: int = 0
 ) -> Tensor:
@@ -221,18 +177,13 @@ def elbo(
     Returns:
         (N,), nats.
     """
-    generator = torch.Generator().manual_seed(seed)
-    values = []
-    for batch in images.split(batch_size):
-        x = batch.to(backbone.dtype) / 255
-        if backbone.binarize:
-            x = torch.bernoulli(x, generator=generator)
-        x = x.to(backbone.device)
+
+    def infer(x: Tensor, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         groups = backbone.infer(x, generator=generator)
         analytic = backbone.network.config.flows == 0
-        log_px = backbone.decode([group.z for group in groups]).log_prob(x)
-        values.append((log_px - sum(_kl(group, analytic) for group in groups)).cpu())
-    return torch.cat(values)
+        return [g.z for g in groups], torch.stack([_kl(g, analytic) for g in groups], 1)
+
+    return elbo_of(backbone, images, infer, batch_size, seed)
 
 
 def _kl(group: GroupPosterior, analytic: bool) -> Tensor:
@@ -244,11 +195,6 @@ def _kl(group: GroupPosterior, analytic: bool) -> Tensor:
 
 def _working_format(images: Tensor, dataset: str) -> tuple[int, int]:
     """Channels and working size of the images, after checking them."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2:
-        raise EbmPriorError(
-            f"images must be uint8 of shape (N, C, H, W) with N >= 2, got {images.dtype} "
-            f"{tuple(images.shape)}"
-        )
     _, channels, height, width = images.shape
     if height != width or channels not in (1, 3):
         raise EbmPriorError(
@@ -273,15 +219,13 @@ def _working_format(images: Tensor, dataset: str) -> tuple[int, int]:
     return channels, size
 
 
-class _Training:
-    """State of one run. Randomness is seeded per step, so the step number is its state."""
+class _Training(Training):
+    files = (CHECKPOINT,)
 
     def __init__(
         self, images: Tensor, out: Path, dataset: str, config: PretrainConfig,
         device: torch.device, size: int,
     ) -> None:  # fmt: skip
-        self.images, self.out, self.dataset = images, out, dataset
-        self.config, self.device = config, device
         self.args = _public_args(config, dataset, len(images))
         shape, likelihood = network_config(
             self.args, ARCHITECTURES[config.architecture], images.shape[1], size
@@ -289,18 +233,10 @@ class _Training:
         with torch.random.fork_rng(devices=[]):  # leave the caller's generator alone
             torch.manual_seed(config.seed)
             network = Network(shape)
-        # The backbone around the network being trained knows its padding and likelihood.
-        self.model = NVAEBackbone(
+        model = NVAEBackbone(
             Checkpoint(shape, network, dataset, config.bits, likelihood, self.args)
         ).to(device)
-        self.network = network.requires_grad_(True)
-        if device.type == "cpu":
-            self.network.to(memory_format=torch.channels_last)  # 1.6 times the speed
-        self.optimizer = torch.optim.Adamax(
-            self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay, eps=1e-3
-        )
-        self.step = 0
-        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+        super().__init__(images, out, dataset, config, model, network, adam_eps=1e-3)
         finest = shape.group_sizes[-1]
         # Larger maps count more, shared among the groups of a scale.
         self.sizes = torch.tensor(
@@ -312,140 +248,26 @@ class _Training:
             device=device,
         )
 
-    # -- files ----------------------------------------------------------------------------
-
-    @property
-    def description(self) -> str:
-        """Everything that must agree for a run to be continued."""
-        values = asdict(self.config) | {
-            "dataset": self.dataset,
-            "images": list(self.images.shape),
-            "sum": int(self.images.sum(dtype=torch.int64)),
-        }
-        values.pop("save_every")
-        return json.dumps(values, sort_keys=True)
-
-    def prepare(self, resume: bool) -> None:
-        """Refuse to overwrite a run, or load the state of the one to continue."""
-        state = self.out / STATE
-        if not resume:
-            if state.exists() or (self.out / CHECKPOINT).exists():
-                raise EbmPriorError(
-                    f"{self.out} already holds a training run; continue it with --resume, or "
-                    "choose another --out"
-                )
-            return
-        if not state.exists():
-            raise EbmPriorError(f"{self.out} holds no interrupted run; start without --resume")
-        data = load_torch_file(state)
-        if not isinstance(data, dict) or "description" not in data:
-            raise EbmPriorError(f"{state} is not a state that pretraining wrote")
-        if data["description"] != self.description:
-            old, new = json.loads(data["description"]), json.loads(self.description)
-            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            raise EbmPriorError(
-                f"{self.out} was started with other settings ({', '.join(changed)}); resume "
-                "with the same ones, or choose another --out"
-            )
-        self.network.load_state_dict(data["network"])
-        self.optimizer.load_state_dict(data["optimizer"])
-        self.step = data["step"]
-
-    def save(self) -> None:
-        """Write the state to resume from, atomically."""
-        _save(
-            self.out / STATE,
-            {
-                "description": self.description,
-                "step": self.step,
-                "network": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-        )
-
-    def finish(self) -> Path:
-        """Write the checkpoint, without the optimizer's state, and drop the state file."""
+    def write(self) -> Path:
+        """Write the checkpoint."""
         path = self.out / CHECKPOINT
-        network = self.network.to("cpu", memory_format=torch.contiguous_format).eval()
-        steps = _steps_per_epoch(len(self.images), self.config.batch_size)
-        _save(
+        steps = self.config.steps_per_epoch(len(self.images))
+        save_torch_file(
             path,
             checkpoint_dict(
-                network, self.args, epoch=math.ceil(self.step / steps), global_step=self.step
+                self.network, self.args, epoch=math.ceil(self.step / steps), global_step=self.step
             ),
         )
-        (self.out / STATE).unlink(missing_ok=True)
         return path
 
-    # -- steps ----------------------------------------------------------------------------
-
-    def run(self, progress: Progress | None) -> None:
-        """All remaining steps."""
-        total = self.config.iterations
-        self.network.train()
-        bar = tqdm(
-            total=total,
-            initial=self.step,
-            desc="pretrain",
-            disable=None if progress is None else True,
-        )
-        with bar, CtrlC() as ctrl_c:
-            while self.step < total:
-                metrics = self.one_step()
-                self.step += 1
-                if progress is not None:
-                    progress(self.step, total, metrics)
-                bar.set_postfix(elbo=f"{metrics['elbo']:.1f}", refresh=False)
-                bar.update()
-                if self.step % self.config.save_every == 0 or self.step == total:
-                    self.save()
-                if ctrl_c.pressed:
-                    self.save()
-                    raise Interrupted(
-                        f"interrupted at iteration {self.step} of {total}; the state is saved: "
-                        f"run the same command with --resume --out {self.out}"
-                    )
-
-    def one_step(self) -> dict[str, float]:
-        """Gradient step on one batch."""
-        config, step = self.config, self.step
-        generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + step)
-        x = self.batch(generator)
-        beta = min(1.0, max(1e-4, step / max(1.0, config.kl_anneal * config.iterations)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+    def terms(self, x: Tensor, beta: float, generator: torch.Generator) -> Terms:
+        """Loss with groups balanced while beta is below 1."""
         noise = self.model._noise(len(x), generator)
         groups, features = self.network.infer(self.model._prepare(x), noise)
         px = self.model._likelihood(self.network.decode(features))
-        kl = torch.stack([_kl(group, config.flows == 0) for group in groups], 1)
+        kl = torch.stack([_kl(group, self.config.flows == 0) for group in groups], 1)
         log_px = px.log_prob(x)
-        loss = (beta * self.balanced(kl, beta) - log_px).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
-            saved = step - step % config.save_every
-            raise EbmPriorError(
-                f"the loss or its gradient is not finite at iteration {step + 1}; start again "
-                f"with a lower lr than {config.lr:g} (last state saved: iteration {saved})"
-            )
-        self.optimizer.step()
-        total_kl = kl.sum(1).mean().item()
-        return {"loss": value, "elbo": log_px.mean().item() - total_kl, "kl": total_kl}
-
-    def batch(self, generator: torch.Generator) -> Tensor:
-        """Images of this step in [0, 1], every image once per epoch."""
-        size = min(self.config.batch_size, len(self.images))
-        steps = _steps_per_epoch(len(self.images), size)
-        epoch, index = divmod(self.step, steps)
-        if self.order[0] != epoch:
-            shuffle = torch.Generator().manual_seed(self.config.seed * 7919 + epoch)
-            self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
-        x = self.images[self.order[1][index * size : (index + 1) * size]].float() / 255
-        if self.model.binarize:
-            x = torch.bernoulli(x, generator=generator)
-        return x.to(self.device)
+        return Terms((beta * self.balanced(kl, beta) - log_px).mean(), log_px, kl)
 
     def balanced(self, kl: Tensor, beta: float) -> Tensor:
         """Sum over groups of (B, L) divergences, weighted while beta is below 1: (B,)."""
@@ -454,31 +276,10 @@ class _Training:
         weight = self.sizes * (kl.detach().abs().mean(0) + 0.01)
         return (kl * (weight / weight.mean())).sum(1)
 
-    def rate(self) -> float:
-        """Learning rate of this step: linear rise, then a cosine."""
-        config = self.config
-        rise = config.warmup * config.iterations
-        if self.step < rise:
-            return config.lr * (self.step + 1) / (rise + 1)
-        share = (self.step - rise) / max(1.0, config.iterations - rise)
-        low = min(config.lr_min, config.lr)
-        return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * share))
-
-
-def _steps_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches in an epoch."""
-    return max(1, images // min(batch_size, images))
-
-
-def _save(path: Path, data: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(data, buffer)
-    write_bytes(path, buffer.getvalue())
-
 
 def _public_args(config: PretrainConfig, dataset: str, images: int) -> dict[str, Any]:
     """The training arguments under the names, and with all the keys, of the public parser."""
-    epochs = math.ceil(config.iterations / _steps_per_epoch(images, config.batch_size))
+    epochs = math.ceil(config.iterations / config.steps_per_epoch(images))
     return vars(
         argparse.Namespace(
             root="", save="", dataset=dataset, data="",

@@ -110,15 +110,19 @@ class StagedBackbone(Backbone):
         """Like `posterior`, with every distribution's moments, one entry per group."""
         self.check_images(x)
         if noise is None:
-            device = self.device if generator is None else generator.device
-            noise = [
-                torch.randn(
-                    (len(x), *group.shape), generator=generator, device=device, dtype=self.dtype
-                ).to(self.device)
-                for group in self.groups
-            ]
+            noise = self.noise(len(x), generator)
         self.check_latents(noise, "noise")
         return self.network.infer(self._prepare(x), noise)[0]
+
+    def noise(self, n: int, generator: torch.Generator | None = None) -> Latents:
+        """Standard-normal tensor (n, *shape) per group, made on the generator's own device."""
+        device = self.device if generator is None else generator.device
+        return tuple(
+            torch.randn(
+                (n, *group.shape), generator=generator, device=device, dtype=self.dtype
+            ).to(self.device)
+            for group in self.groups
+        )
 
     def encode(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Latents, Tensor]:
         """Posterior draw and features in one pass."""

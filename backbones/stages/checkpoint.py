@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.stages.layers import Dense, Layer, PSwish
+from backbones.stages.layers import Dense, Layer, PSwish, Shape
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file, plain_state
+from ebm_prior.safe_load import load_torch_file, mentions, plain_state
 
-__all__ = ["Session", "fill", "kernel_of", "open_session", "positive", "read_state"]
+__all__ = [
+    "Session", "fill", "is_session", "kernel_of", "open_session", "padded", "positive",
+    "read_state",
+]  # fmt: skip
 
 FILES = {
     "biva": ("hyperparameters.p", "config.json", "model.pth"),
@@ -63,6 +66,15 @@ def open_session(path: str | Path, family: str) -> Session:
     )
 
 
+def is_session(path: Path, family: str) -> bool:
+    """Whether a path is a folder of this family or belongs to one; no file is loaded."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / FILES[family][0]).is_file():
+        return False
+    # or weights under a name of the user's own
+    return path.is_dir() or path.name in FILES[family] or mentions(path, "stages.")
+
+
 def _other_family(path: Path, folder: Path, family: str) -> str:
     """What shows that the path belongs to another family; empty if nothing does."""
     for other, files in FILES.items():
@@ -85,6 +97,29 @@ def positive(value: Any, what: str, path: Path) -> int:
             f"{path}: {what} is {value!r}, expected a whole number in 1..{LARGEST}"
         )
     return value
+
+
+def padded(shape: Shape, value: Any, what: str, path: Path) -> tuple[Shape, tuple[int, int]]:
+    """Shape that the network works on, and the zeros on each side.
+
+    Args:
+        shape: (C, H, W) of the images.
+        value: The padded shape that the configuration states, or None.
+        what: Its name there.
+        path: File it is in.
+    """
+    if value is None:
+        return shape, (0, 0)
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+        raise EbmPriorError(f"{path}: {what}={value!r} is not supported")
+    sizes = [positive(n, f"a size in {what}", path) for n in value[-2:]]
+    excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
+    if any(n < 0 or n % 2 for n in excess):
+        raise EbmPriorError(
+            f"{path}: {what}={value!r} around {shape[1]}x{shape[2]} images is not "
+            "supported; the same padding must fit on both sides"
+        )
+    return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -231,7 +231,12 @@ class Block(nn.Module):
             used too; HVAE's code drops it.
         widen: Whether a residual with too few channels is padded with zeros (HVAE) rather
             than left out (BIVA).
+
+    Attributes:
+        dropout: Share of the middle activations set to zero in training mode.
     """
+
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -284,7 +289,10 @@ class Block(nn.Module):
         h = self.conv1(self.activation_pre(x) if self.residual else x)
         if self.aux_op is not None:
             h = h + self.aux_op(self.activation_aux(aux))
-        h = self.conv2(self.activation_mid(h))
+        h = self.activation_mid(h)
+        if self.training and self.dropout:
+            h = F.dropout(h, self.dropout)
+        h = self.conv2(h)
         if self.gated:
             h, gate = h.chunk(2, 1)
             h = h * torch.sigmoid(gate)

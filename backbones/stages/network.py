@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from backbones.stages.layers import Block, BlockSpec, Conv, Dense, Projection, Shape, Stack
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["Draw", "Family", "LatentSpec", "Moments", "Network", "StageSpec", "log_normal"]
+__all__ = [
+    "Draw", "Family", "LatentSpec", "Moments", "Network", "StageSpec", "log_normal", "normal_kl",
+]  # fmt: skip
 
 Moments = tuple[Tensor, Tensor]
 """Mean and standard deviation, each (B, *shape)."""
@@ -30,6 +32,12 @@ def log_normal(z: Tensor, moments: Moments) -> Tensor:
     mu, sigma = moments
     score = ((z - mu) / sigma).square() + 2 * sigma.log() + math.log(2 * math.pi)
     return -0.5 * score.flatten(1).sum(1)
+
+
+def normal_kl(q: Moments, p: Moments) -> Tensor:
+    """KL(q || p) of independent normals, summed over units: (B,), nats."""
+    ratio, distance = q[1] / p[1], (q[0] - p[0]) / p[1]
+    return 0.5 * (ratio.square() + distance.square() - 1 - 2 * ratio.log()).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from ebm_prior._version import __version__
 from ebm_prior.cli.demo import demo
 from ebm_prior.cli.evaluate import evaluate
 from ebm_prior.cli.fit import fit
+from ebm_prior.cli.hierarchy import hierarchy
 from ebm_prior.cli.hub import pull, push
 from ebm_prior.cli.import_heads import import_heads
+from ebm_prior.cli.info import info
 from ebm_prior.cli.pretrain import pretrain
 from ebm_prior.cli.sample import sample
 from ebm_prior.cpu import keep_freed_memory
@@ -76,10 +78,12 @@ def main() -> None:
     """Energy priors for pretrained hierarchical VAEs.
 
     \b
-    ebm-prior fit --backbone nvae --ckpt nvae_cifar.pt
+    ebm-prior fit --ckpt nvae_cifar.pt
     ebm-prior sample --steps 40
     """
 
 
-for command in (fit, sample, evaluate, pretrain, push, pull, import_heads, demo):
+for command in (
+    fit, sample, evaluate, hierarchy, info, pretrain, push, pull, import_heads, demo,
+):  # fmt: skip
     main.add_command(command)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -86,12 +85,7 @@ def evaluate(
         inception_weights=inception_weights,
         device=heads.device,
     )
-    recorded = config.get("training", {}).get("data", {})
-    data = replace(
-        data,
-        data=data.data or recorded.get("source"),
-        resize=data.resize or recorded.get("resize", False),
-    )
+    data = data.or_recorded(config)
     train, reference = data.open(backbone, "train"), data.open(backbone, "test")
     chain.readjust(backbone)
     result = measure(

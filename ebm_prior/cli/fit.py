@@ -92,7 +92,7 @@ def apply_preset(ctx: click.Context, _: click.Parameter, value: str | None) -> N
 
 
 @click.command()
-@click.option("--backbone", help="Backbone family, such as nvae.")
+@click.option("--backbone", help="Backbone family, such as nvae [default: by the checkpoint].")
 @click.option("--ckpt", metavar="FILE", help="Pretrained checkpoint, as its own code wrote it.")
 @data_options
 @click.option("--limit", type=positive, help="Use the first so many images only.")
@@ -166,7 +166,7 @@ def fit(
     """Fit energy heads on a frozen backbone.
 
     \b
-    ebm-prior fit --backbone nvae --ckpt nvae_cifar.pt
+    ebm-prior fit --ckpt nvae_cifar.pt
     ebm-prior fit --backbone nvae --ckpt checkpoint.pt --data images.zip --out runs/mine
     ebm-prior fit --resume runs/mine
 
@@ -177,7 +177,7 @@ def fit(
     from ebm_prior.fit import FitConfig
     from ebm_prior.fit import fit as fit_heads
     from ebm_prior.prior import EnergyPrior, SamplerConfig
-    from ebm_prior.registry import load_backbone
+    from ebm_prior.registry import detect_backbone, load_backbone
     from ebm_prior.run import RunFolder
 
     resuming = resume is not None
@@ -200,8 +200,7 @@ def fit(
         config = FitConfig(**settings)
         if ckpt is None:
             raise click.UsageError("Missing option '--ckpt'.")
-        if backbone is None:
-            raise click.UsageError("Missing option '--backbone'.")
+        backbone = backbone or detect_backbone(ckpt)
         sampler = SamplerConfig(transition, sample_steps, step_size or STEP_SIZES[transition])
     loaded = load_backbone(backbone, ckpt, device)
     if resuming and loaded.sha256 != stored["backbone"]["sha256"]:

@@ -196,6 +196,13 @@ class DataChoice:
             limit=limit,
         )
 
+    def or_recorded(self, config: dict) -> DataChoice:
+        """This choice, or where there is none, the images that the heads were fitted on."""
+        recorded = config.get("training", {}).get("data", {})
+        return DataChoice(
+            self.data or recorded.get("source"), self.resize or recorded.get("resize", False)
+        )
+
     def source(self, backbone: Backbone) -> str:
         """Name or path of the images."""
         if self.data:
