@@ -15,6 +15,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,8 @@ class Backbone(nn.Module, abc.ABC):
         binarize: Whether it was trained on images drawn as x ~ Bernoulli(image).
         name: Registry name; set by `load_backbone`.
         checkpoint: Path it was loaded from; set by `load_backbone`.
+        weights: The one file whose hash tells the checkpoint from others, for an adapter to
+            set whose checkpoints are folders; else the whole path counts.
         sha256: Hash of that checkpoint; set by `load_backbone`.
     """
 
@@ -101,6 +104,7 @@ class Backbone(nn.Module, abc.ABC):
     binarize: bool = False
     name: str = ""
     checkpoint: str = ""
+    weights: Path | None = None
     sha256: str = ""
 
     @abc.abstractmethod

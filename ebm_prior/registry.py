@@ -64,7 +64,7 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
         ) from error
     backbone.name = name
     backbone.checkpoint = str(path)
-    backbone.sha256 = sha256_of(path)
+    backbone.sha256 = sha256_of(backbone.weights or path)
     return backbone
 
 

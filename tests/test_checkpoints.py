@@ -45,10 +45,14 @@ def test_sums_are_those_written_down():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_backbone_loads(folder):
-    backbone = load_backbone(*weights(folder))
+    family, path = weights(folder)
+    backbone = load_backbone(family, path)
     check_backbone(backbone)
+    if family != "nvae":  # a folder may be given too, and is the same checkpoint
+        assert load_backbone(family, folder).sha256 == backbone.sha256
     card = json.loads((folder / "card.json").read_text())
     assert sum(p.numel() for p in backbone.network.parameters()) == card["parameters"]
+    assert backbone.sha256 == card["sha256"]
     assert backbone.dataset == folder.name.partition("_")[2]
 
 

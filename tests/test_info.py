@@ -249,7 +249,11 @@ def test_older_heads_do_not_know_the_size_of_their_backbone(heads):
 
 def test_another_checkpoint_is_not_described_as_theirs(heads, tmp_path):
     folder, _ = heads
-    line = run("info", folder, "--ckpt", write_biva(tmp_path / "other", dataset="cifar"), code=1)
+    other = write_biva(tmp_path / "other")
+    state = torch.load(other / "model.pth")
+    state["stages.0.q_bu_convs.layers.0.conv1.conv.bias"] += 1
+    torch.save(state, other / "model.pth")
+    line = run("info", folder, "--ckpt", other, code=1)
     assert "another one" in line and "the heads need" in line
 
 

@@ -9,7 +9,7 @@ import torch
 
 from backbones.biva.checkpoint import Checkpoint, read_checkpoint
 from backbones.stages import StagedBackbone
-from backbones.stages.checkpoint import is_session
+from backbones.stages.checkpoint import WEIGHTS, is_session, open_session
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
 __all__ = ["load", "recognises"]
@@ -33,7 +33,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         EbmPriorError: If the folder is no complete BIVA session, does not fit itself or
             needs an option that is not supported; see `read_checkpoint`.
     """
-    return make_backbone(read_checkpoint(path)).to(device)
+    backbone = make_backbone(read_checkpoint(path)).to(device)
+    backbone.weights = open_session(path, "biva")[WEIGHTS["biva"]]
+    return backbone
 
 
 def make_backbone(checkpoint: Checkpoint) -> StagedBackbone:

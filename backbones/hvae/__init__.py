@@ -10,7 +10,7 @@ import torch
 from backbones.hvae.checkpoint import Checkpoint, read_checkpoint
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.stages import StagedBackbone
-from backbones.stages.checkpoint import is_session
+from backbones.stages.checkpoint import WEIGHTS, is_session, open_session
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
 __all__ = ["load", "recognises"]
@@ -39,7 +39,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
         EbmPriorError: If the folder is no complete HVAE model, does not fit itself or needs
             an option that is not supported; see `read_checkpoint`.
     """
-    return make_backbone(read_checkpoint(path)).to(device)
+    backbone = make_backbone(read_checkpoint(path)).to(device)
+    backbone.weights = open_session(path, "hvae")[WEIGHTS["hvae"]]
+    return backbone
 
 
 def make_backbone(checkpoint: Checkpoint) -> StagedBackbone:
