@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from ebm_prior.saved import BACKBONE
+from ebm_prior.saved import BACKBONE, is_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -87,9 +87,11 @@ def _evaluation(config: dict) -> dict | None:
             numbers = [quality[key] for key in ("frechet", "precision", "recall", "n")]
             if not all(isinstance(value, (int, float)) for value in numbers):
                 return None
-            if not isinstance(quality["features"], str):
+            if not is_text(quality["features"]):
                 return None
         if not isinstance(found["gap_closed"], float):
+            return None
+        if not all(is_text(found.get(key) or "") for key in ("data", "features_option")):
             return None
     except (KeyError, TypeError):
         return None

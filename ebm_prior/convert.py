@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import EnergyHead
+from ebm_prior.registry import load_backbone
 from ebm_prior.safe_load import FORMAT_KEY, load_torch_file, plain_state, sha256_of
 
 if TYPE_CHECKING:
@@ -44,14 +47,14 @@ def converted_backbone(config: dict, path: Path) -> bytes:
         EbmPriorError: If it is another checkpoint, is not one file, or its licence is not
             known to allow passing it on.
     """
-    import hashlib
-
     backbone = config["backbone"]
     if not path.is_file():
         raise EbmPriorError(
             f"{path} is no single file; only backbones that are one can be pushed, such as NVAE's"
         )
-    if sha256_of(path) != backbone["sha256"]:
+    sha256 = sha256_of(path)
+    converted = sha256 == backbone.pop("converted", {}).get("sha256")
+    if not converted and sha256 != backbone["sha256"]:
         raise EbmPriorError(f"{path} is not the checkpoint that the heads were fitted on")
     licence = backbone.get("license") or recorded_license(path)
     if (licence or "").lower() not in OPEN:
@@ -59,10 +62,19 @@ def converted_backbone(config: dict, path: Path) -> bytes:
             f"the backbone's licence is {licence or 'not known'}, which does not let anybody pass "
             "it on; state another with --backbone-license, or leave --with-backbone out"
         )
+    data = path.read_bytes() if converted else to_safetensors(path)
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "backbone.safetensors"
+        copy.write_bytes(data)
+        try:
+            load_backbone(backbone["name"], copy)
+        except EbmPriorError as error:
+            raise EbmPriorError(
+                f"{path} cannot be pushed: converted to one safetensors file, the family "
+                f"{backbone['name']} does not read it ({error})"
+            ) from error
     backbone["license"] = licence
-    data = to_safetensors(path)
-    sha256 = hashlib.sha256(data).hexdigest()
-    backbone["converted"] = {"sha256": sha256, "size": len(data)}
+    backbone["converted"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     return data
 
 

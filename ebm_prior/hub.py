@@ -436,11 +436,11 @@ def push_files(
 
 def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
     """Raise `EbmPriorError` now, rather than after drawing pictures, if a push cannot work."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token, is_offline_mode
 
     if not is_hub_id(repo_id) or "@" in repo_id:
         raise EbmPriorError(f"{repo_id!r} is no name of a repository; give user/name")
-    if constants.is_offline_mode():
+    if is_offline_mode():
         raise EbmPriorError("HF_HUB_OFFLINE is set; unset it to push")
     if not isinstance(token, str) and (token is False or get_token() is None):
         raise EbmPriorError(
@@ -476,7 +476,7 @@ def _call(function: Callable[[], T], repo_id: str, doing: str) -> T:
     The client repeats requests that the Hub answers with 429 or 5xx, and resumes downloads.
     What it leaves to its caller are connections that break at other points.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
 
     for pause in (*PAUSES, None):
         started = time.monotonic()
@@ -485,7 +485,7 @@ def _call(function: Callable[[], T], repo_id: str, doing: str) -> T:
                 return function()
         except EbmPriorError:
             raise
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        except (HTTPError, OSError, ValueError, RuntimeError, XetDownloadError) as error:
             cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
             if isinstance(cause, HfHubHTTPError):
                 again = cause.response is not None and cause.response.status_code >= 500
@@ -527,7 +527,7 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 def _explain(error: BaseException, repo_id: str, doing: str) -> str:
     """One line that says what went wrong at the Hub and what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, is_offline_mode
 
     at = constants.ENDPOINT
     response = getattr(error, "response", None)
@@ -560,7 +560,7 @@ def _explain(error: BaseException, repo_id: str, doing: str) -> str:
     if status is not None and status >= 500:
         return f"cannot {doing}: the Hub is in trouble (HTTP {status}); run this again later"
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-        if constants.is_offline_mode():
+        if is_offline_mode():
             return f"cannot {doing}: it is not in the cache, and HF_HUB_OFFLINE is set"
         if error.__cause__ is None:
             return f"cannot {doing}: it is not in the cache, and local_files_only is set"

@@ -161,7 +161,7 @@ class _Fields:
         if not 1 <= len(groups) <= MAX_GROUPS:
             raise self.error("backbone.groups", f"must list 1 to {MAX_GROUPS} groups")
         for group in groups:
-            if not (isinstance(group, list) and len(group) == 2 and _is_text(group[0])):
+            if not (isinstance(group, list) and len(group) == 2 and is_text(group[0])):
                 raise self.error("backbone.groups", "must list [name, shape] pairs")
             if not _is_shape(group[1]):
                 raise self.error("backbone.groups", f"must list [name, shape] pairs, not {group}")
@@ -205,11 +205,11 @@ class _Fields:
 
     def text(self, name: str, optional: bool = False) -> None:
         value = self.value(name, str, optional)
-        if value is not None and not _is_text(value):
+        if value is not None and not is_text(value):
             raise self.error(name, f"must be one printable line of up to {MAX_TEXT} characters")
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether a value can stand in a message: no control characters, not endless."""
     return isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
 
@@ -303,7 +303,7 @@ def _check_names(names: list[str], file: Any, expected: Mapping[str, Tensor], pa
         if tuple(file.get_slice(name).get_shape()) != tuple(expected[name].shape)
     ]
     if wrong:
-        names = ", ".join(name if _is_text(name) else repr(name[:50]) for name in wrong[:3])
+        names = ", ".join(name if is_text(name) else repr(name[:50]) for name in wrong[:3])
         raise EbmPriorError(f"{path} does not fit its {CONFIG}: {names}")
     for name in names:
         if file.get_slice(name).get_dtype() not in FLOATS:

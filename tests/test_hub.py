@@ -228,6 +228,13 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     run(*sample, "--heads", "pulled", "--out", "c.npz")
     np.testing.assert_array_equal(pixels("a.npz"), pixels("b.npz"))
     np.testing.assert_array_equal(pixels("a.npz"), pixels("c.npz"))
+    again = ["push", "pulled", "user/again", "--no-pictures"]
+    run(*again)
+    assert "converted" not in json.loads(hub.files("user/again")["config.json"])["backbone"]
+    run(*again, "--with-backbone")
+    assert hub.files("user/again") == hub.files(REPO) | {
+        "README.md": hub.files("user/again")["README.md"]
+    }
     path = Path("pulled/backbone.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert "not the backbone" in run(*sample, "--heads", "pulled", code=1)
@@ -235,6 +242,18 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     hub.put("user/bare", {k: v for k, v in hub.files(REPO).items() if "backbone" not in k})
     line = run("pull", "user/bare", "--with-backbone", code=1)
     assert "backbone" in line
+
+
+def test_a_backbone_in_several_files_does_not_travel(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = CHECKPOINTS / "biva_mnist" / "model.pth"
+    backbone = ebm_prior.load_backbone("biva", weights)
+    EnergyPrior.for_backbone(backbone, heads="joint", nef=4, ndf=6).save_pretrained("heads")
+    push = ["push", "heads", REPO, "--no-pictures", "--with-backbone"]
+    push += ["--backbone-license", "apache-2.0", "--ckpt"]
+    assert "is no single file" in run(*push, weights.parent, code=1)
+    assert "the family biva does not read it" in run(*push, weights, code=1)
+    assert REPO not in hub.repos
 
 
 # -- the network fails ----------------------------------------------------------------------------
@@ -611,3 +630,21 @@ def test_the_server_is_one_the_client_knows(hub, world):
     tree = {f.path: f for f in api.list_repo_tree(REPO, revision="v1")}
     assert tree["heads.safetensors"].lfs.size == len(heads_files()["heads.safetensors"])
     assert tree["config.json"].lfs is None
+
+
+def test_strange_records_make_no_numbers(world):
+    """A configuration is free to hold anything under `training`; the card shows none of it."""
+    from ebm_prior.card import model_card
+
+    quality = {"frechet": 1.0, "precision": 1.0, "recall": 1.0, "n": 5, "features": "x\n# Title"}
+    found = dict.fromkeys(("gaussian", "energy", "reconstruction"), quality) | {"gap_closed": 0.5}
+    for training in (
+        {"evaluation": found},
+        {"evaluation": found | {"energy": None}},
+        {"evaluation": [1]},
+        {"fit": [], "result": 3, "evaluation": "good"},
+        {"fit": {"nef": [], "seed": {"a": 1}}},
+    ):
+        config = json.loads(changed_config(training=training))
+        card = model_card(config, REPO)
+        assert "model-index" not in card and "# Title" not in card

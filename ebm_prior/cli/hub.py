@@ -90,9 +90,11 @@ def push(
     config = heads.config
     hub.read_weights(heads.weights(), config)
     hub.state_facts(config, licence, backbone_source, backbone_license)
-    backbone = None
     if with_backbone:
         backbone = converted_backbone(config, heads.checkpoint(ckpt))
+    else:  # what heads were pulled with does not travel on by itself
+        backbone = None
+        config["backbone"].pop("converted", None)
     pictures = {}
     if not no_pictures:
         try:
