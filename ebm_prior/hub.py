@@ -8,6 +8,7 @@ says how large the weights may be, then they are fetched and checked.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone
 from ebm_prior.card import model_card
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.files import write_bytes, write_json, write_text
+from ebm_prior.files import atomic_write, write_bytes, write_json, write_text
 from ebm_prior.safe_load import sha256_of
 from ebm_prior.saved import (
     BACKBONE,
@@ -28,7 +29,6 @@ from ebm_prior.saved import (
     CONFIG,
     MAX_CONFIG,
     WEIGHTS,
-    check_config,
     check_fits,
     check_size,
     heads_bytes,
@@ -175,13 +175,18 @@ class _HubSource(HeadsSource):
 
     def __init__(self, name: str, **options: Any) -> None:
         self.repo_id, self.options = name, options
-        where = f"{name}/{CONFIG}"
-        path = self.fetch(CONFIG, MAX_CONFIG)
+        folder = self.fetch(CONFIG, MAX_CONFIG).parent
         # every other file comes from the commit that this one came from
-        self.options = {**options, "revision": path.parent.name}
-        super().__init__(name, path.parent, shareable(check_config(path.read_bytes(), where)))
+        self.options = {**options, "revision": folder.name}
+        config = read_config(folder, f"{name}/{CONFIG}")
+        super().__init__(name, folder, shareable(config))
 
-    def fetch(self, filename: str, limit: int | None = None, check: Any = None) -> Path:
+    def fetch(
+        self,
+        filename: str,
+        limit: int | None = None,
+        check: Callable[[int], None] | None = None,
+    ) -> Path:
         """Local path of one file, which is fetched only if its size passes."""
         from huggingface_hub import hf_hub_download
 
@@ -309,7 +314,8 @@ def pull(
         raise EbmPriorError(f"{out} already holds heads or is no folder; choose another --out")
     # the configuration last: without it a folder is none of heads
     if backbone is not None:
-        write_bytes(out / BACKBONE, backbone.read_bytes())
+        with atomic_write(out / BACKBONE) as file, backbone.open("rb") as source_file:
+            shutil.copyfileobj(source_file, file)
     write_bytes(out / WEIGHTS, weights.read_bytes())
     if card is not None:
         write_text(out / CARD, card)
@@ -335,7 +341,7 @@ def push_to_hub(
     """See `EnergyPrior.push_to_hub`."""
     from ebm_prior.pictures import card_pictures
 
-    check_can_push(repo_id, push_options.get("token"))
+    repo_id = check_can_push(repo_id, push_options.get("token"))
     config = prior_config(prior) | ({"training": training} if training else {})
     state_facts(config, license, backbone_source, backbone_license)
     drawn = card_pictures(prior) if pictures else {}
@@ -383,7 +389,7 @@ def push_files(
     Args:
         weights: Contents of `heads.safetensors`.
         config: Checked configuration; local paths are left out of what is uploaded.
-        repo_id: `user/name`; created if there is none.
+        repo_id: `user/name`, or `name` alone; created if there is none.
         pictures: PNG files for the card by path in the repository.
         card: A card to use in place of the generated one.
         backbone: Contents of `backbone.safetensors`, named in `config`.
@@ -401,7 +407,7 @@ def push_files(
     """
     from huggingface_hub import HfApi
 
-    check_can_push(repo_id, token)
+    repo_id = check_can_push(repo_id, token)
     config = shareable(config)
     text = model_card(config, repo_id, pictures) if card is None else card
     check_card(text)
@@ -434,11 +440,19 @@ def push_files(
     return str(info.pr_url or info.commit_url)
 
 
-def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
-    """Raise `EbmPriorError` now, rather than after drawing pictures, if a push cannot work."""
-    from huggingface_hub import get_token, is_offline_mode
+def check_can_push(repo_id: str, token: str | bool | None = None) -> str:
+    """Raise now, rather than after drawing pictures, if a push cannot work.
 
-    if not is_hub_id(repo_id) or "@" in repo_id:
+    Returns:
+        `repo_id` in full: a name alone means the name space of the token's owner.
+
+    Raises:
+        EbmPriorError: If it is no name of a repository, or there is no token or no network.
+    """
+    from huggingface_hub import HfApi, get_token, is_offline_mode
+
+    full = repo_id if "/" in repo_id else f"user/{repo_id}"
+    if not is_hub_id(full) or "@" in repo_id:
         raise EbmPriorError(f"{repo_id!r} is no name of a repository; give user/name")
     if is_offline_mode():
         raise EbmPriorError("HF_HUB_OFFLINE is set; unset it to push")
@@ -446,6 +460,10 @@ def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
         raise EbmPriorError(
             "no Hub token; log in with: hf auth login (or set HF_TOKEN, or give --token)"
         )
+    if "/" in repo_id:
+        return repo_id
+    user = _call(lambda: HfApi(token=token).whoami()["name"], repo_id, f"push to {repo_id}")
+    return f"{user}/{repo_id}"
 
 
 def check_card(text: str) -> None:

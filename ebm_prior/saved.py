@@ -88,8 +88,12 @@ def heads_bytes(prior: EnergyPrior) -> bytes:
     return save({k: v.detach().cpu().contiguous() for k, v in prior.heads.state_dict().items()})
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path, where: str | None = None) -> dict:
     """Read and check `config.json` of a folder of heads.
+
+    Args:
+        folder: Where it is.
+        where: Named in messages; the path by default.
 
     Raises:
         EbmPriorError: If it is missing, too large, no JSON, or a field is wrong.
@@ -102,7 +106,7 @@ def read_config(folder: Path) -> dict:
         raise EbmPriorError(f"{folder} holds no {CONFIG}; it is not a folder of heads") from error
     except OSError as error:
         raise EbmPriorError(f"{path} cannot be read: {error.strerror}") from error
-    return check_config(text, path)
+    return check_config(text, where or path)
 
 
 def check_config(text: bytes, where: object) -> dict:

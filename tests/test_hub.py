@@ -132,11 +132,14 @@ def test_from_python_with_revisions(hub, world, tmp_path, monkeypatch):
 
 
 def test_save_pretrained_pushes_as_the_ecosystem_does(hub, world):
-    url = world.save_pretrained(
-        "saved", training={"result": {}}, push_to_hub=True, repo_id=REPO, pictures=False
-    )
+    options = {"push_to_hub": True, "pictures": False}
+    url = world.save_pretrained("saved", training={"result": {}}, repo_id=REPO, **options)
     assert url and json.loads(hub.files(REPO)["config.json"])["training"] == {"result": {}}
     assert (Path("saved") / "config.json").is_file()
+    # the folder's name, in the name space of the token's owner
+    assert "/user/saved/commit/" in world.save_pretrained("saved", **options)
+    with pytest.raises(EbmPriorError, match="refused the token"):
+        world.save_pretrained("saved", token="hf_wrong", **options)
 
 
 def test_what_a_push_publishes(hub, world):
@@ -389,7 +392,7 @@ def test_what_does_not_exist(hub, world):
     assert not hub.asked("heads.pt")
     for name in ("nonsense", "a/b/c", "user/na me", "../up"):
         assert f"no heads at {name}: expected a saved folder" in run("pull", name, code=1)
-    assert "is no name of a repository" in run("push", "heads", "nonsense", code=1)
+    assert "is no name of a repository" in run("push", "heads", "a/b/c", code=1)
     assert "is no folder of heads" in run("push", "nowhere", REPO, code=1)
     assert "is a local folder already" in run("pull", "heads", code=1)
     Path("heads/heads.safetensors").unlink()

@@ -79,7 +79,7 @@ def push(
     from ebm_prior.convert import converted_backbone
     from ebm_prior.pictures import card_pictures
 
-    hub.check_can_push(repo_id, token)
+    repo_id = hub.check_can_push(repo_id, token)
     text = Path(card).read_text() if card else None
     if text is not None:
         hub.check_card(text)
