@@ -602,6 +602,14 @@ def test_pull_does_not_overwrite(hub, world):
     }  # fmt: skip
 
 
+def test_info_describes_heads_on_the_hub(hub, world):
+    hub.put(REPO, heads_files())
+    found = json.loads(run("info", REPO, "--json"))
+    assert found["what"] == "heads" and found["source"] == REPO
+    assert found["heads"]["parameters"] == sum(p.numel() for p in world.heads.parameters())
+    assert "no repository" in run("info", "user/nothing", code=1)
+
+
 def test_the_cache_is_not_written_to(hub, world, tmp_path):
     """Even where another program has fetched the whole repository into it."""
     hub.put(REPO, heads_files() | {"samples/a.png": b"\x89PNG\0"})
