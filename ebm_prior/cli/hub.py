@@ -120,7 +120,8 @@ def push(
         return
     if not config.get("license"):
         click.echo("the card says license: unknown; state one with --license", err=True)
-    click.echo(f"{url}\nnext: ebm-prior sample --heads {repo_id} --ckpt PATH")
+    own = "" if with_backbone else " --ckpt PATH"
+    click.echo(f"{url}\nnext: ebm-prior sample --heads {repo_id}{own}")
 
 
 @click.command()
@@ -140,7 +141,7 @@ def pull(
     ebm-prior pull user/nvae-cifar10-ebm-prior
     ebm-prior pull user/name@v1.0 --out heads
 
-    Only JSON and safetensors are fetched and read, whatever else the repository holds.
+    Only JSON, safetensors and the text of the card are fetched, whatever else is there.
     """
     from ebm_prior import hub
 
