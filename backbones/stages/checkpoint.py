@@ -59,9 +59,9 @@ def open_session(path: str | Path, family: str) -> Session:
     if not missing:
         return Session(folder, files)
     if other := _other_family(path, folder, family):
-        raise EbmPriorError(f"{path} is not a {name} session: {other}")
+        raise EbmPriorError(f"{path} is no {name} session: {other}")
     raise EbmPriorError(
-        f"{folder} is not a complete {name} session folder: no {' and no '.join(missing)} in it; "
+        f"{folder} is no complete {name} session folder: no {' and no '.join(missing)} in it; "
         "copy the whole folder that the training code wrote"
     )
 
