@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,8 @@ def main() -> int:
         family = folder.resolve().parent.name
         for checkpoint in sorted(p.name for p in folder.glob("c*k*pt*")):
             ratios = errors(folder, family, checkpoint)
-            worst = max(ratios, key=ratios.get)
-            bad |= not ratios[worst] <= 1
+            bad |= not all(ratio <= 1 for ratio in ratios.values())
+            worst = max(ratios, key=lambda name: ratios[name] if ratios[name] >= 0 else math.inf)
             label = f"{family}/{folder.name}/{checkpoint}"
             print(f"{label:<42}{len(ratios):>8}{ratios[worst]:>17.3f}  {worst}")
     return int(bad)

@@ -12,7 +12,7 @@ behind the five methods below; everything else in the package works on these alo
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -92,8 +92,8 @@ class Backbone(nn.Module, abc.ABC):
         binarize: Whether it was trained on images drawn as x ~ Bernoulli(image).
         name: Registry name; set by `load_backbone`.
         checkpoint: Path it was loaded from; set by `load_backbone`.
-        weights: The one file whose hash tells the checkpoint from others, for an adapter to
-            set whose checkpoints are folders; else the whole path counts.
+        files: The files that make it, by name, for an adapter to set whose checkpoints are
+            folders: their hash tells it from others; else that of the whole path does.
         sha256: Hash of that checkpoint; set by `load_backbone`.
     """
 
@@ -104,7 +104,7 @@ class Backbone(nn.Module, abc.ABC):
     binarize: bool = False
     name: str = ""
     checkpoint: str = ""
-    weights: Path | None = None
+    files: Mapping[str, Path] | None = None
     sha256: str = ""
 
     @abc.abstractmethod

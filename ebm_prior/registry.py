@@ -21,7 +21,7 @@ import torch
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import sha256_of
+from ebm_prior.safe_load import sha256_of, sha256_of_files
 
 __all__ = [
     "check_device", "detect_backbone", "find_trainer", "list_backbones", "load_backbone",
@@ -64,7 +64,7 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
         ) from error
     backbone.name = name
     backbone.checkpoint = str(path)
-    backbone.sha256 = sha256_of(backbone.weights or path)
+    backbone.sha256 = sha256_of_files(backbone.files) if backbone.files else sha256_of(path)
     return backbone
 
 

@@ -23,6 +23,7 @@ FORMAT_KEY = "ebm_prior_checkpoint"  # of the metadata of a checkpoint in safete
 
 __all__ = [
     "Named", "load_pickle_file", "load_torch_file", "mentions", "plain_state", "sha256_of",
+    "sha256_of_files",
 ]  # fmt: skip
 
 MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
@@ -237,7 +238,12 @@ def sha256_of(path: str | Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         return digest.hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
+    return sha256_of_files(
+        {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+    )
+
+
+def sha256_of_files(files: Mapping[str, Path]) -> str:
+    """One SHA-256 of several files, in the order given: of their names and contents."""
+    lines = (f"{name} {sha256_of(file)}\n" for name, file in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,10 @@ def test_backbone_loads(folder):
     check_backbone(backbone)
     if family != "nvae":  # a folder may be given too, and is the same checkpoint
         assert load_backbone(family, folder).sha256 == backbone.sha256
+    else:
+        assert backbone.sha256 == json.loads((folder / "card.json").read_text())["sha256"]
     card = json.loads((folder / "card.json").read_text())
     assert sum(p.numel() for p in backbone.network.parameters()) == card["parameters"]
-    assert backbone.sha256 == card["sha256"]
     assert backbone.dataset == folder.name.partition("_")[2]
 
 
@@ -63,10 +65,21 @@ def test_heads_load_and_sample(folder):
     assert x.shape == (2, *backbone.image_shape) and 0 <= x.min() and x.max() <= 1
 
 
+def test_other_arguments_make_another_checkpoint(tmp_path):
+    folder = tmp_path / "hvae"
+    shutil.copytree(ROOT / "hvae_mnist", folder)
+    kwargs = torch.load(folder / "model_kwargs.pt", weights_only=False)
+    kwargs["kwargs"]["activation"] = "ReLU"
+    torch.save(kwargs, folder / "model_kwargs.pt")
+    with pytest.raises(ValueError, match="SHA-256"):
+        backbone = load_backbone("hvae", folder)
+        EnergyPrior.from_pretrained(ROOT / "hvae_mnist" / "heads", backbone=backbone)
+
+
 def test_heads_of_one_are_refused_on_another():
     backbone, _ = load(FITTED[0])
     with pytest.raises(ValueError, match="another backbone"):
-        EnergyPrior.from_pretrained(FITTED[1] / "heads", backbone=backbone)
+        EnergyPrior.from_pretrained(FITTED[-1] / "heads", backbone=backbone)
 
 
 def test_the_digits_heads_improve_on_the_gaussian_prior():

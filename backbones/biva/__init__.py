@@ -9,7 +9,7 @@ import torch
 
 from backbones.biva.checkpoint import Checkpoint, read_checkpoint
 from backbones.stages import StagedBackbone
-from backbones.stages.checkpoint import WEIGHTS, is_session, open_session
+from backbones.stages.checkpoint import is_session, network_files
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
 __all__ = ["load", "recognises"]
@@ -34,7 +34,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
             needs an option that is not supported; see `read_checkpoint`.
     """
     backbone = make_backbone(read_checkpoint(path)).to(device)
-    backbone.weights = open_session(path, "biva")[WEIGHTS["biva"]]
+    backbone.files = network_files(path, "biva")
     return backbone
 
 

@@ -10,7 +10,7 @@ import torch
 from backbones.hvae.checkpoint import Checkpoint, read_checkpoint
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.stages import StagedBackbone
-from backbones.stages.checkpoint import WEIGHTS, is_session, open_session
+from backbones.stages.checkpoint import is_session, network_files
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
 __all__ = ["load", "recognises"]
@@ -40,7 +40,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
             an option that is not supported; see `read_checkpoint`.
     """
     backbone = make_backbone(read_checkpoint(path)).to(device)
-    backbone.weights = open_session(path, "hvae")[WEIGHTS["hvae"]]
+    backbone.files = network_files(path, "hvae")
     return backbone
 
 

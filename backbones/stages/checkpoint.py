@@ -15,8 +15,8 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import load_torch_file, mentions, plain_state
 
 __all__ = [
-    "Session", "fill", "is_session", "kernel_of", "open_session", "padded", "positive",
-    "read_state",
+    "Session", "fill", "is_session", "kernel_of", "network_files", "open_session", "padded",
+    "positive", "read_state",
 ]  # fmt: skip
 
 FILES = {
@@ -29,6 +29,12 @@ FILES = {
 
 WEIGHTS = {"biva": "model.pth", "hvae": "model_state_dict.pt"}
 
+
+DEFINING = {
+    "biva": ("hyperparameters.p", "model.pth"),
+    "hvae": ("model_class_name.pt", "model_kwargs.pt", "model_state_dict.pt"),
+}
+"""Files that two sessions share if they are the same network."""
 
 LARGEST = 1 << 16  # of any size: no model is near it, and products stay below 2**63
 
@@ -64,6 +70,12 @@ def open_session(path: str | Path, family: str) -> Session:
         f"{folder} is no complete {name} session folder: no {' and no '.join(missing)} in it; "
         "copy the whole folder that the training code wrote"
     )
+
+
+def network_files(path: str | Path, family: str) -> dict[str, Path]:
+    """The files of a session that make its network, whichever of them was given."""
+    session = open_session(path, family)
+    return {name: session[name] for name in DEFINING[family]}
 
 
 def is_session(path: Path, family: str) -> bool:
