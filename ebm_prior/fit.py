@@ -37,6 +37,7 @@ __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
 OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
 POOL_BATCHES = 8
 MIN_ROWS = 20_000  # posterior samples, all draws of all images together
+GOOD = "good."  # prefix of the state to roll back to, where it is not the saved one
 MAX_STEP_SIZE = 1.9  # beyond, the Crank-Nicolson proposal forgets its start and turns over
 
 
@@ -240,10 +241,10 @@ class _Fit:
     def run_all(self, images: Tensor, ctrl_c: CtrlC, resume: bool) -> FitResult:
         """Encode, run every phase, tune the step size, store."""
         began = time.monotonic()
-        if resume and (state := self.run.load_state()) is not None:
-            self.restore(*state)
-        self.run.rewind_log(self.total)
         self.last_good = self.capture()
+        if resume and (state := self.run.load_state()) is not None:
+            self.reopen(*state)
+        self.run.rewind_log(self.total)
 
         def stop_if_asked() -> None:
             if ctrl_c.pressed:
@@ -323,7 +324,7 @@ class _Fit:
         iterate = self.nce_iteration if name == "nce" else self.mle_iteration
         began = time.monotonic()
         with tqdm(total=length, desc=name, initial=self.iteration, disable=None) as bar:
-            while self.iteration < length:
+            while self.iteration < length and not self.out_of_patience(name):
                 self.set_lr(name, length)
                 step = iterate()
                 guilty = self.diverged(step)
@@ -334,8 +335,7 @@ class _Fit:
                     continue
                 self.iteration += 1
                 self.total += 1
-                stopping = ctrl_c.pressed
-                saving = self.iteration % self.config.save_every == 0 or stopping
+                saving = self.iteration % self.config.save_every == 0
                 if (saving or self.iteration == length) and (guilty := self.spoilt()):
                     self.roll_back(guilty)
                     bar.n = self.iteration
@@ -348,16 +348,16 @@ class _Fit:
                     )
                     began = time.monotonic()
                     bar.set_postfix(self.log(name, step, speed))
-                stop = name == "nce" and self.judge()
+                if name == "nce":
+                    self.judge()
                 if saving:
                     self.save()
                 if self.config.sample_every and self.total % self.config.sample_every == 0:
                     self.sample_grid()
                     began = time.monotonic()
-                if stopping:
+                if ctrl_c.pressed:
+                    self.save(interrupted=True)
                     raise Interrupted(f"interrupted; continue with: {self.resume_command()}")
-                if stop:
-                    break
         kept = self.average
         if name == "nce" and math.isfinite(self.best_loss):
             kept, self.held_out_loss = self.best, self.best_loss
@@ -511,10 +511,10 @@ class _Fit:
             )
 
     @torch.no_grad()
-    def judge(self) -> bool:
-        """Held-out loss of the average heads; True when it has stopped improving."""
+    def judge(self) -> None:
+        """Held-out loss of the average heads, now and then; the best heads are kept."""
         if self.iteration % self.config.judge_every or not self.judged:
-            return False
+            return
         own = [p.detach().clone() for p in self.parameters]
         self.load_parameters(self.average)
         losses = [
@@ -529,7 +529,10 @@ class _Fit:
         else:
             self.since_best += 1
         self.load_parameters(own)
-        return self.since_best >= self.config.patience
+
+    def out_of_patience(self, name: str) -> bool:
+        """Whether the held-out loss has stopped improving; only `nce` is judged."""
+        return name == "nce" and self.since_best >= self.config.patience
 
     # -- divergence -----------------------------------------------------------------------
 
@@ -605,6 +608,13 @@ class _Fit:
         )
         return tensors, {name: getattr(self, name) for name in names}
 
+    def reopen(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Restore what `save` wrote, and where a rollback goes."""
+        good_meta = meta.pop(GOOD, None)
+        good = {k.removeprefix(GOOD): v for k, v in tensors.items() if k.startswith(GOOD)}
+        self.restore({k: v for k, v in tensors.items() if not k.startswith(GOOD)}, meta)
+        self.last_good = (good, good_meta) if good_meta is not None else self.capture()
+
     def restore(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Undo everything since `capture`."""
         for name, value in meta.items():
@@ -626,10 +636,20 @@ class _Fit:
                 state[name] = value.clone() if name == "step" else value.to(device).clone()
         self.pool = tensors["pool"].to(device).clone() if "pool" in tensors else None
 
-    def save(self) -> None:
-        """Write state and the heads one would sample with now."""
-        self.last_good = self.capture()
-        self.run.save_state(*self.last_good)
+    def save(self, interrupted: bool = False) -> None:
+        """Write state and the heads one would sample with now.
+
+        An interrupted run keeps its last regular save beside the state: a rollback must go
+        there, as it would have without the interruption.
+        """
+        tensors, meta = self.capture()
+        if interrupted:
+            good, good_meta = self.last_good
+            tensors |= {f"{GOOD}{name}": tensor for name, tensor in good.items()}
+            meta |= {GOOD: good_meta}
+        else:
+            self.last_good = tensors, meta
+        self.run.save_state(tensors, meta)
         kept = self.best if math.isfinite(self.best_loss) else self.average
         own = [p.detach().clone() for p in self.parameters]
         if self.phase < len(self.phases):

@@ -199,6 +199,51 @@ def test_ctrl_c_saves_and_says_how_to_resume(toy, tmp_path, monkeypatch):
     assert torch.equal(weights(whole), weights(parts))
 
 
+def interrupted(toy, images, run, config, monkeypatch, at):
+    """Fit with Ctrl-C during iteration `at`, resumed; the prior."""
+    update = _Fit.update
+
+    def press(self, *args):
+        if self.total == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Fit, "update", press)
+        with pytest.raises(Interrupted):
+            fit(new_prior(toy), images, config, run_dir=run)
+    prior = new_prior(toy)
+    fit(prior, images, config, run_dir=run, resume=True)
+    return prior
+
+
+def test_ctrl_c_where_patience_ends_changes_nothing(toy, tmp_path, monkeypatch):
+    def judge(self):
+        self.best_loss, self.since_best = 1.0, self.since_best + 1
+
+    monkeypatch.setattr(_Fit, "judge", judge)
+    config, whole = FitConfig(**QUICK | dict(patience=15)), new_prior(toy)
+    images = mismatched_images(toy)
+    result = fit(whole, images, config, run_dir=tmp_path / "whole")
+    assert result.iterations == 15 + 20
+    parts = interrupted(toy, images, tmp_path / "parts", config, monkeypatch, at=14)
+    assert torch.equal(weights(whole), weights(parts))
+
+
+def test_a_rollback_after_an_interruption_goes_where_it_would_have(toy, tmp_path, monkeypatch):
+    diverged = _Fit.diverged
+
+    def report(self, step):
+        return "z1" if self.total == 27 and self.rollbacks == 0 else diverged(self, step)
+
+    monkeypatch.setattr(_Fit, "diverged", report)
+    config, whole = FitConfig(**QUICK), new_prior(toy)
+    images = mismatched_images(toy)
+    fit(whole, images, config, run_dir=tmp_path / "whole")
+    parts = interrupted(toy, images, tmp_path / "parts", config, monkeypatch, at=24)
+    assert torch.equal(weights(whole), weights(parts))
+
+
 @pytest.mark.parametrize("bad", [math.nan, 1e9])
 def test_divergence_is_rolled_back_and_survived(toy, tmp_path, monkeypatch, bad):
     update, hits = _Fit.update, []
