@@ -55,7 +55,9 @@ def converted_backbone(config: dict, path: Path) -> bytes:
     sha256 = sha256_of(path)
     converted = sha256 == backbone.pop("converted", {}).get("sha256")
     if not converted and sha256 != backbone["sha256"]:
-        raise EbmPriorError(f"{path} is not the checkpoint that the heads were fitted on")
+        raise EbmPriorError(
+            f"{path} is not, or not alone, the checkpoint that the heads were fitted on"
+        )
     licence = backbone.get("license") or recorded_license(path)
     if (licence or "").lower() not in OPEN:
         raise EbmPriorError(

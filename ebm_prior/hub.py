@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone
 from ebm_prior.card import model_card
@@ -77,6 +79,7 @@ def save_pretrained(
     return None
 
 
+@torch.inference_mode(False)  # weights made in inference mode could never be differentiated
 def from_pretrained(
     cls: type[EnergyPrior],
     source: str | Path | HeadsSource,
@@ -261,13 +264,26 @@ def open_source(source: str | Path, **hub_options: Any) -> HeadsSource:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     name, folder = str(source), Path(source)
     if folder.is_dir():
-        for file in (CONFIG, WEIGHTS):
-            if not (folder / file).is_file():
-                raise EbmPriorError(f"{folder} holds no {file}; it is not a folder of heads")
-        return HeadsSource(name, folder, read_config(folder))
-    if folder.exists() or not is_hub_id(name):
+        if not (folder / CONFIG).is_file():
+            raise EbmPriorError(f"{folder} holds no {CONFIG}; it is not a folder of heads")
+        config = read_config(folder)
+        if not (folder / WEIGHTS).is_file():
+            started = isinstance(config.get("training"), dict) and "status" in config["training"]
+            raise EbmPriorError(
+                f"{folder} holds no {WEIGHTS}"
+                + (
+                    f" yet; continue its fit with: ebm-prior fit --resume {folder}"
+                    if started
+                    else "; it is not a folder of heads"
+                )
+            )
+        return HeadsSource(name, folder, config)
+    # a mistyped path must not become a question to the Hub; a revision makes it one
+    mistyped = folder.parent.is_dir() and "@" not in name
+    if folder.exists() or mistyped or not is_hub_id(name):
         raise EbmPriorError(
             f"no heads at {name}: expected a saved folder, a run folder or a Hub id user/name"
+            + (f" (for the one on the Hub, {name}@main)" if is_hub_id(name) else "")
         )
     repo_id, _, revision = name.partition("@")
     if revision:

@@ -145,7 +145,12 @@ def _backbone_of_heads(
         return recorded, "where its checkpoint lies is not recorded; name it with --ckpt"
     if ckpt is None and not Path(path).exists():
         return recorded, "its checkpoint is no longer there; name it with --ckpt"
-    found = backbone_info(load_backbone(family, path))
+    try:
+        found = backbone_info(load_backbone(family, path))
+    except EbmPriorError as error:
+        if ckpt is not None:
+            raise
+        return recorded, f"its checkpoint cannot be loaded: {error}"
     if found["sha256"] != stored["sha256"]:
         what = f"the file at {path} has SHA-256 {found['sha256'][:12]}..., so it is another one"
         if ckpt is not None:

@@ -101,7 +101,7 @@ class PosteriorCache:
             )
             for start in bar:
                 index = torch.arange(start, min(start + ENCODE_BATCH, len(stream)))
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % 2**63)
                 inputs = stream(index, generator)
                 flat = torch.cat([t.flatten(1) for t in inputs], 1)
                 self.rows[start : start + len(index)] = flat.float().cpu().numpy()

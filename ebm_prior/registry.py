@@ -36,6 +36,7 @@ def list_backbones() -> tuple[str, ...]:
     return tuple(sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}))
 
 
+@torch.inference_mode(False)  # weights made in inference mode could never be differentiated
 def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     """Load a pretrained backbone, frozen and in evaluation mode.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes, write_json, write_text
-from ebm_prior.saved import CONFIG, WEIGHTS
+from ebm_prior.saved import CONFIG, WEIGHTS, read_config
 
 __all__ = ["RunFolder", "newest_run"]
 
@@ -68,15 +68,21 @@ class RunFolder:
         write_json(self.path / CONFIG, config)
 
     def config(self) -> dict:
-        """Read `config.json` of an existing run."""
-        try:
-            config = json.loads((self.path / CONFIG).read_text())
-        except FileNotFoundError as error:
-            raise EbmPriorError(f"{self.path} holds no run to resume") from error
-        except ValueError as error:
-            raise EbmPriorError(f"{self.path / CONFIG} is not readable JSON: {error}") from error
-        if not isinstance(config, dict) or "training" not in config:
+        """Read and check `config.json` of an existing run.
+
+        Raises:
+            EbmPriorError: If there is none, or it is damaged or no run's.
+        """
+        if not (self.path / CONFIG).exists():
+            raise EbmPriorError(f"{self.path} holds no run to resume")
+        config = read_config(self.path)
+        training = config.get("training")
+        if not isinstance(training, dict) or not {"status", "fit"} <= training.keys():
             raise EbmPriorError(f"{self.path} is not a run folder written by fit")
+        if not isinstance(training["fit"], dict) or "path" not in config["backbone"]:
+            raise EbmPriorError(
+                f"{self.path / CONFIG}: field training.fit or backbone.path is wrong"
+            )
         return config
 
     def save_heads(self, data: bytes) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -236,6 +237,8 @@ FIT = ["fit", "--backbone", "toy", "--ckpt", "toy.json", "--data", "x.npz"]
         (["evaluate", "--features", "nothing.safetensors"], 1, "nothing.safetensors"),
         (["pretrain", "--backbone", "toy", "--data", "x.npz", "--out", "y"], 1, "unknown trainer"),
         (["frobnicate"], 2, "No such command"),
+        (["fit", "--resume", "runs", "--out", "elsewhere"], 2, "--out elsewhere"),
+        (["sample", "--heads", "runs/typo"], 1, "no heads at runs/typo"),
         (["sample", "--heads", "../nope"], 1, "no heads at ../nope"),
         (["sample", "--temperature", "nan"], 2, "--temperature"),
         (["sample", "--step-size", "inf"], 2, "--step-size"),
@@ -304,6 +307,27 @@ def test_a_traceback_only_with_debug(monkeypatch):
     for arguments in (["--debug", "sample"], ["sample", "--debug"]):
         result = CliRunner().invoke(main, arguments)
         assert isinstance(result.exception, RuntimeError)
+
+
+def test_no_arguments_show_the_help():
+    assert "ebm-prior fit" in run()
+
+
+def test_a_damaged_run_is_not_resumed(world, tmp_path):
+    shutil.copytree(next((world / "runs").iterdir()), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["training"]["status"] = "running"
+    (tmp_path / "run" / "heads.safetensors").unlink()
+    path.write_text(json.dumps(config))
+    assert "fit --resume" in run("sample", "--heads", tmp_path / "run", code=1)
+    del config["backbone"]
+    path.write_text(json.dumps(config))
+    assert "field backbone.name" in run("fit", "--resume", tmp_path / "run", code=1)
+
+
+def test_the_largest_seed_works(tmp_path):
+    run(*FIT, *QUICK, "--seed", 2**62, "--out", tmp_path / "run")
 
 
 def test_the_installed_command_starts():

@@ -218,6 +218,9 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     shutil.copytree(CHECKPOINTS / "nvae_digits", "nvae")
     push = ["push", "nvae/heads", REPO, "--ckpt", "nvae/checkpoint.pt", "--no-pictures"]
     Path("nvae/card.json").rename("nvae/gone.json")
+    config = json.loads(Path("nvae/heads/config.json").read_text())
+    del config["backbone"]["license"]
+    Path("nvae/heads/config.json").write_text(json.dumps(config))
     assert "licence is not known" in run(*push, "--with-backbone", code=1)
     line = run(*push, "--with-backbone", "--backbone-license", "cc-by-nc-4.0", code=1)
     assert "cc-by-nc-4.0" in line and REPO not in hub.repos
@@ -255,7 +258,7 @@ def test_a_backbone_in_several_files_does_not_travel(hub, tmp_path, monkeypatch)
     push = ["push", "heads", REPO, "--no-pictures", "--with-backbone"]
     push += ["--backbone-license", "apache-2.0", "--ckpt"]
     assert "is no single file" in run(*push, weights.parent, code=1)
-    assert "the family biva does not read it" in run(*push, weights, code=1)
+    assert "not alone, the checkpoint" in run(*push, weights, code=1)
     assert REPO not in hub.repos
 
 

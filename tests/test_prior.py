@@ -121,6 +121,15 @@ def test_sampling_works_in_inference_mode(toy, transition):
         assert torch.equal(draw(), want)
 
 
+def test_loading_works_in_inference_mode(tmp_path):
+    (tmp_path / "toy.json").write_text('{"top": 2, "bottom": 3, "size": 4}')
+    toy = ebm_prior.load_backbone("toy", tmp_path / "toy.json")
+    EnergyPrior.for_backbone(toy, nef=4, ndf=6).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        toy = ebm_prior.load_backbone("toy", tmp_path / "toy.json")
+        EnergyPrior.from_pretrained(tmp_path, backbone=toy).sample(2, steps=1)
+
+
 def test_backbone_stays_frozen_and_in_eval_mode(toy):
     prior = EnergyPrior.for_backbone(toy).train()
     assert not any(m.training for m in toy.modules()) and prior.heads.training

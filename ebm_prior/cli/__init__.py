@@ -41,6 +41,7 @@ class Cli(click.Group):
         given = list(sys.argv[1:] if args is None else args)
         args = [arg for arg in given if arg != "--debug"]  # valid before and after the verb
         debug = len(args) < len(given)
+        args = args or ["--help"]
         try:
             code = super().main(args, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)

@@ -182,6 +182,10 @@ def fit(
 
     resuming = resume is not None
     if resuming:
+        if resume and out and Path(resume) != Path(out):
+            raise click.UsageError(
+                f"--resume {resume} continues in its folder, not in --out {out}"
+            )
         folder = Path(resume or out or newest_unfinished())
         stored = RunFolder(folder).config()
         training = stored["training"]
