@@ -6,6 +6,7 @@ import abc
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,17 +16,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from backbones.stages.checkpoint import FILES
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.files import write_bytes
+from ebm_prior.files import check_writable, write_bytes
 from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.safe_load import load_torch_file
 
 __all__ = [
-    "Progress", "Terms", "Training", "TrainingConfig", "configure", "elbo_of", "save_torch_file",
+    "CHECKPOINT", "Progress", "Terms", "Training", "TrainingConfig", "check_unused", "configure",
+    "elbo_of", "save_torch_file",
 ]  # fmt: skip
 
 STATE = "state.pt"
+CHECKPOINT = "checkpoint.pt"
+RESULTS = {"nvae": (CHECKPOINT,), **FILES}  # of each family: one folder holds one model
+SEEDS = 2**63  # seeds are taken modulo this: torch has none beyond 64 bits
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
@@ -129,6 +135,37 @@ def configure(kind: type[C], settings: Mapping[str, Any], images: Tensor) -> C:
     return config
 
 
+def check_unused(out: Path, family: str, resume: bool) -> None:
+    """Refuse a folder that holds a model or another run; the network need not exist yet.
+
+    Args:
+        out: Folder of the run.
+        family: Family to be trained, one of `RESULTS`.
+        resume: Whether the folder must hold an interrupted run instead.
+
+    Raises:
+        EbmPriorError: Saying how to go on.
+    """
+    # Unlike Path.exists, false in a folder that may not be read, which `prepare` refuses.
+    if os.path.exists(out / STATE):
+        if not resume:
+            raise EbmPriorError(
+                f"{out} already holds an interrupted run; continue it with --resume, or choose "
+                "another --out"
+            )
+        return
+    names = sorted({name for files in RESULTS.values() for name in files})
+    found = [name for name in names if os.path.exists(out / name)]
+    if set(RESULTS[family]) <= set(found):
+        raise EbmPriorError(f"the run in {out} is finished; choose another --out")
+    if found:
+        raise EbmPriorError(
+            f"{out} already holds files of a model ({', '.join(found)}); choose another --out"
+        )
+    if resume:
+        raise EbmPriorError(f"{out} holds no interrupted run; start without --resume")
+
+
 class Terms(NamedTuple):
     """What a step's objective is made of.
 
@@ -156,10 +193,10 @@ class Training(abc.ABC):
         adam_eps: Adamax's addition to the denominator.
 
     Attributes:
-        files: Names of the files that a finished run leaves in `out`.
+        family: Name of the family, one of `RESULTS`.
     """
 
-    files: tuple[str, ...]
+    family: str
 
     def __init__(
         self, images: Tensor, out: Path, dataset: str, config: TrainingConfig, model: Backbone,
@@ -177,6 +214,7 @@ class Training(abc.ABC):
             eps=adam_eps,
         )
         self.step = 0
+        self.saved: int | None = None
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     # -- for the family to say ------------------------------------------------------------
@@ -195,6 +233,7 @@ class Training(abc.ABC):
     def description(self) -> str:
         """Everything that must agree for a run to be continued."""
         values = asdict(self.config) | {
+            "backbone": self.family,
             "dataset": self.dataset,
             "images": list(self.images.shape),
             "sum": int(self.images.sum(dtype=torch.int64)),
@@ -203,17 +242,11 @@ class Training(abc.ABC):
         return json.dumps(values, sort_keys=True)
 
     def prepare(self, resume: bool) -> None:
-        """Refuse to overwrite a run, or load the state of the one to continue."""
+        """After `check_unused`: can files be written? Load the state of the run to continue."""
         state = self.out / STATE
+        check_writable(state)
         if not resume:
-            if any((self.out / name).exists() for name in (STATE, *self.files)):
-                raise EbmPriorError(
-                    f"{self.out} already holds a training run; continue it with --resume, or "
-                    "choose another --out"
-                )
             return
-        if not state.exists():
-            raise EbmPriorError(f"{self.out} holds no interrupted run; start without --resume")
         data = load_torch_file(state)
         if not isinstance(data, dict) or "description" not in data:
             raise EbmPriorError(f"{state} is not a state that pretraining wrote")
@@ -226,7 +259,7 @@ class Training(abc.ABC):
             )
         self.network.load_state_dict(data["network"])
         self.optimizer.load_state_dict(data["optimizer"])
-        self.step = data["step"]
+        self.step = self.saved = data["step"]
 
     def save(self) -> None:
         """Write the state to resume from, atomically."""
@@ -239,6 +272,7 @@ class Training(abc.ABC):
                 "optimizer": self.optimizer.state_dict(),
             },
         )
+        self.saved = self.step
 
     def finish(self) -> Path:
         """Write the result, without the optimizer's state, and drop the state file."""
@@ -295,10 +329,11 @@ class Training(abc.ABC):
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         value = terms.loss.item()
         if not (math.isfinite(value) and math.isfinite(norm.item())):
-            saved = step - step % config.save_every
+            kept = f"{self.out} holds the state of iteration {self.saved}"
+            elsewhere = "" if self.saved is None else f" and another --out ({kept})"
             raise EbmPriorError(
                 f"the loss or its gradient is not finite at iteration {step + 1}; start again "
-                f"with a lower lr than {config.lr:g} (last state saved: iteration {saved})"
+                f"with a lower lr than {config.lr:g}{elsewhere}"
             )
         self.optimizer.step()
         kl = terms.kl.sum(1).mean().item()
@@ -306,16 +341,26 @@ class Training(abc.ABC):
 
     def generator(self) -> torch.Generator:
         """All the randomness of this step."""
-        return torch.Generator().manual_seed((self.config.seed + 1) * 1_000_003 + self.step)
+        seed = (self.config.seed + 1) * 1_000_003 + self.step
+        return torch.Generator().manual_seed(seed % SEEDS)
 
     def batch(self, generator: torch.Generator) -> Tensor:
         """Images of this step in [0, 1], every image once per epoch."""
         size = min(self.config.batch_size, len(self.images))
         epoch, index = divmod(self.step, self.config.steps_per_epoch(len(self.images)))
+        return self.draw(self.shuffled(epoch)[index * size : (index + 1) * size], generator)
+
+    def shuffled(self, epoch: int) -> Tensor:
+        """Indices of all images in the order of an epoch."""
         if self.order[0] != epoch:
-            shuffle = torch.Generator().manual_seed(self.config.seed * 7919 + epoch)
+            seed = self.config.seed * 7919 + epoch
+            shuffle = torch.Generator().manual_seed(seed % SEEDS)
             self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
-        x = self.images[self.order[1][index * size : (index + 1) * size]].float() / 255
+        return self.order[1]
+
+    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (B, C, H, W) in [0, 1], of zeros and ones where the model wants them."""
+        x = self.images[indices].float() / 255
         if self.model.binarize:
             x = torch.bernoulli(x, generator=generator)
         return x.to(self.device)

@@ -101,7 +101,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
     with pytest.raises(Interrupted, match=r"iteration 3 of 30.*--resume"):
         pretrain(blobs(), out=tmp_path, dataset="digits", progress=press, **TINY)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
-    with pytest.raises(EbmPriorError, match="already holds a training run"):
+    with pytest.raises(EbmPriorError, match="already holds an interrupted run"):
         pretrain(blobs(), out=tmp_path, dataset="digits", **TINY)
     with pytest.raises(EbmPriorError, match="other settings \\(batch_size, lr\\)"):
         pretrain(
@@ -111,6 +111,34 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
     with pytest.raises(EbmPriorError, match="other settings \\(sum\\)"):
         pretrain(blobs() // 2, out=tmp_path, dataset="digits", resume=True, **TINY)
     pretrain(blobs(), out=tmp_path, dataset="digits", resume=True, **TINY)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_a_model_is_refused_before_any_work(tmp_path, monkeypatch, resume):
+    monkeypatch.delattr("backbones.nvae.pretrain.Network")
+    (tmp_path / "model.pth").touch()
+    with pytest.raises(EbmPriorError, match=r"files of a model \(model.pth\); choose another"):
+        pretrain(blobs(), out=tmp_path, dataset="digits", resume=resume, **TINY)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(EbmPriorError, match="is finished; choose another --out"):
+        pretrain(blobs(), out=tmp_path, dataset="digits", resume=resume, **TINY)
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    steps = []
+    with pytest.raises(EbmPriorError, match="cannot write .*choose another path"):
+        pretrain(
+            blobs(), out=tmp_path / "file", dataset="digits",
+            progress=lambda step, *_: steps.append(step), **TINY,
+        )  # fmt: skip
+    assert not steps
+
+
+def test_the_largest_seed_of_the_command_line_trains(tmp_path):
+    settings = TINY | {"iterations": 5, "seed": 2**62}
+    path = pretrain(blobs(), out=tmp_path, dataset="digits", **settings)
+    assert elbo(load(path), blobs()).isfinite().all()
 
 
 def test_diverging_training_is_reported(tmp_path):

@@ -21,6 +21,7 @@ from backbones.hvae import pretrain as hvae
 from backbones.stages.layers import Layer
 from backbones.stages.network import normal_kl
 from backbones.stages.pretrain import PretrainConfig, elbo, normalise, public_state
+from backbones.training import Terms
 from ebm_prior import EbmPriorError, load_backbone
 from ebm_prior.cli import main
 from ebm_prior.interrupt import Interrupted
@@ -125,26 +126,77 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, module):
     with pytest.raises(Interrupted, match=r"iteration 3 of 30.*--resume"):
         module.pretrain(blobs(), progress=press, **run)
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
-    with pytest.raises(EbmPriorError, match="already holds a training run"):
+    with pytest.raises(EbmPriorError, match="already holds an interrupted run; .*--resume"):
         module.pretrain(blobs(), **run)
+    with pytest.raises(EbmPriorError, match="other settings \\(.*backbone.*\\)"):
+        {biva: hvae, hvae: biva}[module].pretrain(blobs(), resume=True, **run)
     with pytest.raises(EbmPriorError, match="other settings \\(free_bits, latents\\)"):
         changes = {"latents": [2, 2], "free_bits": 1.0}
         module.pretrain(blobs(), resume=True, **run | changes)
-    path = module.pretrain(blobs(), resume=True, **run)
-    for name in FILES[module]:
-        (path.parent / name).unlink()
-    for name in FILES[module]:  # any of them is someone's work
-        (path.parent / name).touch()
-        with pytest.raises(EbmPriorError, match="already holds a training run"):
+    module.pretrain(blobs(), resume=True, **run)
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES[module]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("module", FAMILIES.values(), ids=FAMILIES)
+def test_a_folder_with_a_model_is_refused_before_any_work(tmp_path, monkeypatch, module, resume):
+    monkeypatch.delattr(module._Training, "build")
+    run = {"out": tmp_path, "dataset": "digits", "resume": resume} | TINY
+    for name in (*FILES[biva], *FILES[hvae], "checkpoint.pt"):  # any of them is someone's work
+        (tmp_path / name).touch()
+        with pytest.raises(EbmPriorError, match=f"files of a model \\({name}\\); choose another"):
             module.pretrain(blobs(), **run)
-        (path.parent / name).unlink()
+        (tmp_path / name).unlink()
+    for name in FILES[module]:
+        (tmp_path / name).touch()
+    with pytest.raises(EbmPriorError, match="is finished; choose another --out"):
+        module.pretrain(blobs(), **run)
+    (tmp_path / "state.pt").touch()  # killed while it wrote the result
+    if not resume:
+        with pytest.raises(EbmPriorError, match="interrupted run; continue it with --resume"):
+            module.pretrain(blobs(), **run)
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_an_out_that_cannot_be_written_is_found_before_the_first_step(tmp_path, out):
+    (tmp_path / "file").touch()
+    steps = []
+    with pytest.raises(EbmPriorError, match="cannot write .*choose another path"):
+        biva.pretrain(
+            blobs(), out=tmp_path / out, dataset="digits",
+            progress=lambda step, *_: steps.append(step), **TINY,
+        )  # fmt: skip
+    assert not steps
 
 
 def test_diverging_training_is_reported(tmp_path):
-    wild = TINY | {"lr": 1e30, "lr_min": 1e30, "warmup": 0.0, "iterations": 200}
-    with pytest.raises(EbmPriorError, match="not finite at iteration"):
+    """Nothing was saved: the advice holds in the same folder."""
+    wild = TINY | {"lr": 1e30, "lr_min": 1e30, "warmup": 0.0}
+    with pytest.raises(EbmPriorError, match=r"not finite at iteration \d; .*lr than 1e\+30$"):
         biva.pretrain(blobs(), out=tmp_path, dataset="digits", **wild)
-    assert not (tmp_path / "model.pth").exists()
+    assert not list(tmp_path.iterdir())
+    biva.pretrain(blobs(), out=tmp_path, dataset="digits", **TINY | {"iterations": 1})
+
+
+def test_diverging_after_a_save_sends_to_another_folder(tmp_path):
+    training = start(biva, tmp_path)
+    training.step = 10
+    training.save()
+    training = start(biva, tmp_path)
+    training.prepare(resume=True)
+    training.terms = lambda x, beta, generator: Terms(
+        next(training.network.parameters()).sum() * torch.nan, x, x
+    )
+    advice = "at iteration 11; .* and another --out .* holds the state of iteration 10"
+    with pytest.raises(EbmPriorError, match=advice):
+        training.run(lambda *_: None)
+
+
+@pytest.mark.parametrize("module", FAMILIES.values(), ids=FAMILIES)
+def test_the_largest_seed_of_the_command_line_trains(tmp_path, module):
+    settings = TINY | {"iterations": 5, "seed": 2**62, "dropout": 0.1}
+    path = module.pretrain(blobs(), out=tmp_path, dataset="digits", **settings)
+    assert all(v.isfinite().all() for v in tensors(path).values() if v.is_floating_point())
 
 
 def test_the_command_line_finds_both_trainers(tmp_path):
@@ -257,13 +309,32 @@ def test_layers_start_with_mean_zero_and_variance_one(module, changes):
         for name, layer in training.network.named_modules()
         if isinstance(layer, Layer)
     ]
-    objective(training)  # on the first batch, as in the first step
+    generator = training.generator()
+    training.terms(training.draw(training.initial_images, generator), 1.0, generator)
     idle = [] if changes.get("stages") != "vae" else [1]  # the top's unused way up
     assert len(outputs) == len(hooks) - len(idle) > 15
     for name, y in outputs.items():
         y = y.detach().double().transpose(0, 1).flatten(1)
         assert y.mean(1).abs().max() < 1e-4, name
         assert (y.var(1, correction=0) - 1).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("module", FAMILIES.values(), ids=FAMILIES)
+def test_small_batches_start_from_the_same_weights(module):
+    """On a few images the statistics are so wrong that the first steps diverge."""
+    small, usual, large = (
+        start(module, images=blobs(80), batch_size=n).network.state_dict() for n in (4, 64, 80)
+    )
+    assert all(torch.equal(small[key], usual[key]) for key in usual)
+    assert not all(torch.equal(large[key], usual[key]) for key in usual)
+
+
+def test_the_first_batch_is_initialised_on():
+    for size in (16, 64):
+        training = start(hvae, images=blobs(80), batch_size=size)
+        batch = training.batch(training.generator())
+        drawn = training.draw(training.initial_images[:size], training.generator())
+        assert len(training.initial_images) == 64 and torch.equal(batch, drawn)
 
 
 def test_a_constant_channel_is_left_alone(tmp_path):

@@ -38,30 +38,10 @@ def pretrain(
     with ReLU. The public code's `load_model` does not know its own BIVA
     class; `BIVA.load` of the class itself reads such a folder.
 
-    One-channel images are drawn anew as x ~ Bernoulli(image) at every step; three-channel
-    images have the discretized logistic mixture.
-
-    Args:
-        images: Training images, uint8, (N, C, H, W) with C = 1 or 3.
-        out: Folder to create: `model_class_name.pt`, `model_kwargs.pt`,
-            `datamodule_config.pt`, `model_state_dict.pt`, and `state.pt` to resume from.
-        dataset: Name stored in the folder.
-        resume: Continue an interrupted run of the same settings, on the CPU to the
-            bit-identical result.
-        device: Where to train.
-        progress: Called after every step with steps done, steps in all, and the batch's
-            `loss`, `elbo` (nats per image) and `kl`; by default a progress bar, on a
-            terminal.
-        settings: Fields of `PretrainConfig` and of `TrainingConfig`.
-
-    Returns:
-        Path of the weights, which `ebm_prior.load_backbone("hvae", path)` loads, as the
-        public code loads the folder.
-
-    Raises:
-        EbmPriorError: On unusable images or settings, an `out` that holds another run, or
-            a loss that is not finite.
-        Interrupted: On Ctrl-C, after saving.
+    The folder holds `model_class_name.pt`, `model_kwargs.pt`, `datamodule_config.pt` and
+    `model_state_dict.pt`. Arguments, result and errors are those of
+    `backbones.stages.pretrain.train`; `settings` are the fields of its `PretrainConfig` and of
+    `TrainingConfig`.
     """
     return train(
         _Training, images, out=out, dataset=dataset, resume=resume, device=device,

@@ -31,10 +31,12 @@ from backbones.nvae.checkpoint import (
 )
 from backbones.nvae.network import GroupPosterior, Network, kl_divergence
 from backbones.training import (
+    CHECKPOINT,
     Progress,
     Terms,
     Training,
     TrainingConfig,
+    check_unused,
     configure,
     elbo_of,
     save_torch_file,
@@ -43,8 +45,6 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.registry import check_device
 
 __all__ = ["PretrainConfig", "elbo", "pretrain"]
-
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,14 @@ def pretrain(
         NVAE code load.
 
     Raises:
-        EbmPriorError: On unusable images or settings, an `out` that holds another run, or
-            a loss that is not finite.
+        EbmPriorError: On unusable images or settings, an `out` that holds another run or a
+            model or cannot be written, or a loss that is not finite.
         Interrupted: On Ctrl-C, after saving.
     """
     config = configure(PretrainConfig, settings, images)
     channels, size = _working_format(images, dataset)
     config = config.for_images(channels, size)
+    check_unused(Path(out), _Training.family, resume)
     training = _Training(images, Path(out), dataset, config, check_device(device), size)
     training.prepare(resume)
     training.run(progress)
@@ -220,7 +221,7 @@ def _working_format(images: Tensor, dataset: str) -> tuple[int, int]:
 
 
 class _Training(Training):
-    files = (CHECKPOINT,)
+    family = "nvae"
 
     def __init__(
         self, images: Tensor, out: Path, dataset: str, config: PretrainConfig,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from backbones.stages import StagedBackbone
-from backbones.stages.checkpoint import FILES, WEIGHTS
+from backbones.stages.checkpoint import WEIGHTS
 from backbones.stages.layers import Block, Layer
 from backbones.stages.network import normal_kl
 from backbones.training import (
@@ -39,6 +39,7 @@ from backbones.training import (
     Terms,
     Training,
     TrainingConfig,
+    check_unused,
     configure,
     elbo_of,
     save_torch_file,
@@ -52,6 +53,7 @@ __all__ = [
 ]  # fmt: skip
 
 INITIAL_SPREAD = 0.05  # of the entries of a weight's direction; Salimans and Kingma, 2016
+INITIAL_IMAGES = 64  # at least, to initialise on: the statistics of a few images mislead
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,6 @@ class StagedTraining(Training):
         defaults: Its architecture where the settings leave it open.
     """
 
-    family: str
     kinds: tuple[str, ...]
     defaults: PretrainConfig
 
@@ -180,13 +181,13 @@ class StagedTraining(Training):
         model.to(device)
         super().__init__(images, out, dataset, config, model, model.network, adam_eps=1e-8)
         generator = self.generator()
-        x = self.batch(generator)
+        x = self.draw(self.initial_images, generator)
         initialise(model.network, lambda: self.terms(x, 1.0, generator))
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Names of the files that a finished run leaves in `out`."""
-        return FILES[self.family]
+    def initial_images(self) -> Tensor:
+        """Indices of the images to initialise on: the first batch's, and more if it is small."""
+        return self.shuffled(0)[: max(self.config.batch_size, INITIAL_IMAGES)]
 
     @abc.abstractmethod
     def build(
@@ -236,7 +237,33 @@ def train(
     progress: Progress | None,
     settings: Mapping[str, Any],
 ) -> Path:
-    """Run a training to its end: what the families' `pretrain` are made of."""
+    """Train a model of either family and write its folder: all that its `pretrain` does.
+
+    One-channel images are drawn anew as x ~ Bernoulli(image) at every step; three-channel
+    images have the discretized logistic mixture.
+
+    Args:
+        kind: The family's training.
+        images: Training images, uint8, (N, C, H, W) with C = 1 or 3.
+        out: Folder to create: the family's files, and `state.pt` to resume from.
+        dataset: Name stored in the folder.
+        resume: Continue an interrupted run of the same settings, on the CPU to the
+            bit-identical result.
+        device: Where to train.
+        progress: Called after every step with steps done, steps in all, and the batch's
+            `loss`, `elbo` (nats per image) and `kl`; None: a progress bar, on a terminal.
+        settings: Fields of `PretrainConfig` and of `TrainingConfig`.
+
+    Returns:
+        Path of the weights, which `ebm_prior.load_backbone` loads under the family's name, as
+        the public code loads the folder.
+
+    Raises:
+        EbmPriorError: On unusable images or settings, an `out` that holds another run or a
+            model or cannot be written, or a loss that is not finite.
+        Interrupted: On Ctrl-C, after saving.
+    """
+    check_unused(Path(out), kind.family, resume)
     training = kind(images, Path(out), dataset, settings, check_device(device))
     training.prepare(resume)
     training.run(progress)
