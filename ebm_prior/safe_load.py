@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import pickle
+import pickletools
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,11 +25,14 @@ from ebm_prior.errors import EbmPriorError
 FORMAT_KEY = "ebm_prior_checkpoint"  # of the metadata of a checkpoint in safetensors
 
 __all__ = [
-    "Named", "load_pickle_file", "load_torch_file", "mentions", "plain_state", "sha256_of",
-    "sha256_of_files",
+    "Named", "load_pickle_file", "load_torch_file", "mentions", "plain_state", "printable",
+    "sha256_of", "sha256_of_files", "shown",
 ]  # fmt: skip
 
 MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
+MAX_PICKLE = 1 << 18  # bytes of a plain pickle; the largest seen has a few kB
+MAX_DEPTH = 100  # of containers in containers; checkpoints have about ten
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
@@ -55,6 +61,7 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(e.compress_type != zipfile.ZIP_STORED for e in archive.infolist()):
                     raise EbmPriorError(f"{path} is compressed, which PyTorch files never are")
+        _check_torch_outlines(path)
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             # A pickle that torch did not write is refused below; no need to warn first.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
@@ -79,6 +86,131 @@ def load_torch_file(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         raise EbmPriorError(
             f"{path} is not a readable PyTorch checkpoint (truncated or of another kind)"
         ) from error
+
+
+def _check_torch_outlines(path: Path) -> None:
+    """`_check_outline` of whatever `torch.load` unpickles from a file."""
+    with path.open("rb") as file:
+        if file.peek(4)[:4] != b"PK\x03\x04":
+            for _ in range(5):  # before zip: so many pickles in a row, then the weights
+                if file.peek(1):
+                    _check_outline(file, path)
+            return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith("data.pkl"):
+                _check_outline(io.BytesIO(archive.read(entry)), path)
+
+
+def _check_outline(file: BinaryIO, path: Path) -> None:
+    """Follow a pickle to its end without making its objects, to see how they are nested.
+
+    A few bytes can describe a list of twice the same list of twice the same list, and so
+    on, which takes for ever to print or, of tuples, to hash. They can also ask for a table
+    of memos with billions of places.
+
+    Raises:
+        EbmPriorError: If what it describes is far larger than itself when written out, is
+            nested very deeply or in itself, or a memo has a number beyond the pickle's own.
+    """
+    atom: list[Any] = []  # a container is the list of what it holds, all else is this
+    containers, stack, marks = [atom], [], []
+    memo: dict[int, list[Any]] = {}
+    count = 0
+    for op, arg, _ in pickletools.genops(file):
+        count += 1
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(memo) if arg is None else arg
+            if index > count:
+                raise EbmPriorError(
+                    f"{path} is damaged: it numbers {index} objects; fetch it again"
+                )
+            memo[index] = stack[-1]
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif op.name == "DUP":
+            stack.append(stack[-1])
+        elif op.name == "MARK":
+            marks.append(len(stack))
+        elif op.name.startswith("EMPTY_"):
+            stack.append([])
+            containers.append(stack[-1])
+        elif not op.stack_before:
+            stack += [atom] * len(op.stack_after)
+        elif op.name == "STOP":
+            break
+        else:
+            marked = pickletools.markobject in op.stack_before
+            first = len(stack) - len(op.stack_before)
+            if marked:  # with what precedes the mark, and all that follows it
+                first = marks.pop() - op.stack_before.index(pickletools.markobject)
+            held = stack[first:]
+            del stack[first:]
+            if op.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
+                target = held.pop(0)
+                if target is atom:
+                    raise ValueError(f"{op.name} to what holds nothing")
+                target += held
+                stack.append(target)
+            elif op.stack_after:
+                stack.append(held)
+                containers.append(held)
+            else:  # no pickler takes back what it wrote
+                raise ValueError(op.name)
+    if not _is_modest(containers, 8 * count + (1 << 16)):
+        raise EbmPriorError(
+            f"{path} describes far more than it holds, by naming the same parts over and over; "
+            "use the file as its training code wrote it"
+        )
+
+
+def _is_modest(containers: Sequence[list[Any]], limit: int) -> bool:
+    """Whether nested lists, written out, have up to `limit` entries, no loop and a small depth."""
+    sizes: dict[int, tuple[int, int]] = {}  # by identity: entries and depth
+    begun = set()
+    todo = list(containers)
+    while todo:
+        node = todo[-1]
+        waiting = [] if id(node) in sizes else [c for c in node if id(c) not in sizes]
+        if waiting:
+            if id(node) in begun:  # by its own contents
+                return False
+            begun.add(id(node))
+            todo += waiting
+            continue
+        todo.pop()
+        if id(node) not in sizes:
+            parts = [sizes[id(child)] for child in node]
+            size, depth = 1 + sum(n for n, _ in parts), 1 + max((d for _, d in parts), default=0)
+            if size > limit or depth > MAX_DEPTH:
+                return False
+            sizes[id(node)] = size, depth
+    return True
+
+
+def shown(value: Any, depth: int = 2) -> str:
+    """A stranger's value for a message: one short line, whatever it is."""
+    if isinstance(value, (list, tuple)):
+        some = ", ".join(shown(v, depth - 1) for v in value[:4]) if depth else ""
+        more = "" if depth and len(value) <= 4 else "..."
+        text = f"{some}, {more}" if some and more else some + more
+        if isinstance(value, list):
+            return f"[{text}]"
+        return f"({text},)" if len(value) == 1 else f"({text})"
+    if isinstance(value, int) and value.bit_length() > 2 * MAX_SHOWN:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[:MAX_SHOWN])
+    elif value is None or isinstance(value, (bool, int, float, Named)):
+        text = repr(value)
+    else:
+        return f"a {type(value).__name__}"
+    return printable(text if len(text) <= MAX_SHOWN + 2 else f"{text[:MAX_SHOWN]}...")
+
+
+def printable(text: str) -> str:
+    """Text with line ends and whatever else could move a terminal's cursor written as codes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _load_converted(path: Path) -> Any:
@@ -129,7 +261,7 @@ def mentions(path: str | Path, word: str) -> bool:
             # In the format before zip the pickle comes before the weights.
             start = file.read(2)
             return start == b"\x80\x02" and word.encode() in file.read(MAX_INDEX)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+    except (OSError, ValueError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile):
         return False
 
 
@@ -142,19 +274,30 @@ def plain_state(state: Mapping[Any, Any], path: Path, hint: str = "") -> dict[st
         hint: What to add where an entry is no named tensor.
 
     Raises:
-        EbmPriorError: If an entry is no named tensor, claims more numbers than the file
-            holds (a few bytes can be declared to be terabytes), or is not finite.
+        EbmPriorError: If an entry is no named tensor, or they claim more numbers than the
+            file holds (a few bytes can be declared to be terabytes, one by one or by naming
+            the same ones again and again), or one is not finite.
     """
-    plain = {}
+    held, claimed = {}, 0
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise EbmPriorError(f"{path}: entry {key!r} is not a named tensor{hint}")
+        if not isinstance(key, str) or not key.isprintable() or not isinstance(value, Tensor):
+            raise EbmPriorError(f"{path}: entry {shown(key)} is not a named tensor{hint}")
         stored = value.layout == torch.strided and value.device.type == "cpu"
         if not stored or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise EbmPriorError(
                 f"{path}: weight {key} is not stored in full; use the file as its training code "
                 "wrote it"
             )
+        held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        claimed += 4 * value.numel()
+    # Bytes may become float32, and few weights are tied to others.
+    if claimed > 8 * sum(held.values()):
+        raise EbmPriorError(
+            f"{path}: its {len(state)} entries are views of far fewer weights; use the file as "
+            "its training code wrote it"
+        )
+    plain = {}
+    for key, value in state.items():
         plain[key] = value.float() if value.is_floating_point() else value
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise EbmPriorError(f"{path}: weight {key} is not finite; the training had diverged")
@@ -200,19 +343,23 @@ def load_pickle_file(path: str | Path, table: Mapping[str, str]) -> Any:
             to the word that stands for it; it is read as `Named(word)`.
 
     Raises:
-        EbmPriorError: If the file is missing, not a pickle, calls something, or mentions a
-            name outside the table.
+        EbmPriorError: If the file is missing, not a small pickle, calls something, or
+            mentions a name outside the table.
     """
     path = Path(path)
     if not path.is_file():
         raise EbmPriorError(f"no such file: {path}")
     unreadable = f"{path} is not a readable pickle (truncated, swapped or of another kind)"
     try:
-        with path.open("rb") as file:
-            data = _TableUnpickler(file, table, path).load()
-            if file.read(1):  # a torch file of the old format is several pickles in a row
-                raise EbmPriorError(unreadable)
-            return data
+        with path.open("rb") as opened:
+            file = io.BytesIO(opened.read(MAX_PICKLE + 1))
+        if len(file.getbuffer()) > MAX_PICKLE:
+            raise EbmPriorError(unreadable)
+        _check_outline(file, path)
+        if file.read(1):  # a torch file of the old format is several pickles in a row
+            raise EbmPriorError(unreadable)
+        file.seek(0)
+        return _TableUnpickler(file, table, path).load()
     except EbmPriorError:
         raise
     except PermissionError as error:

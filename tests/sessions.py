@@ -181,6 +181,14 @@ def write_hvae(folder, name="VAE", state=None, dataset="MNISTBinarized", **chang
     return folder
 
 
+def nest(levels, kind=list):
+    """Twice the same of twice the same of ...: a few bytes in a file, 2**levels to print."""
+    value = kind([1, 2])
+    for _ in range(levels):
+        value = kind([value, value])
+    return value
+
+
 class Evil:
     """Touches a file when unpickled by `pickle.load`."""
 

@@ -20,6 +20,7 @@ from tests.sessions import (
     EvilEval,
     dump,
     mention,
+    nest,
     trap,
     write_biva,
     write_hvae,
@@ -217,7 +218,8 @@ def test_known_names_cannot_be_called(tmp_path):
         ({"stages": [[[10**12, 3, 1]]] * 3}, "a block of stage 0 is 1000000000000"),
         ({"latents": [CONV | {"N": 0}] * 3}, "latents of zero size"),
         ({"latents": [CONV] * 2}, "3 stages but 2 latents"),
-        ({"latents": [CONV | {"flow": 1}] * 3}, "option flow of latents"),
+        ({"stages": [[[4, 3, 1]] * 20] * 3}, "describes 60 blocks"),
+        ({"latents": [CONV | {"flow": 1}] * 3}, "option flow=1 of latents"),
         ({"stages": [[[4, 3, 2], [4, 3, 1]]] * 3, "tensor_shp": (-1, 1, 16, 16)}, "skip"),
     ],
 )
@@ -226,6 +228,21 @@ def test_unsupported_options_are_named(tmp_path, changes, match):
     with pytest.raises(EbmPriorError, match=match) as error:
         load(folder)
     assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "key", ["Stage", "tensor_shp", "padded_shp", "features_out", "stages", "latents", "wobble"]
+)
+def test_messages_stay_short_whatever_a_file_holds(tmp_path, key):
+    for value in (nest(10), [nest(10)] * 3, [[nest(10)]] * 3, [{"N": 1, "block": nest(10)}] * 3):
+        folder = write_biva(tmp_path, state={"x": torch.zeros(1)}, **{key: value})
+        with pytest.raises(EbmPriorError) as error:
+            load(folder)
+        assert one_line(error) and len(str(error.value)) < 600
+
+
+def test_a_data_set_that_cannot_be_printed_is_not_named(tmp_path):
+    assert load(write_biva(tmp_path, dataset="x\nSHA-256  0")).dataset is None
 
 
 def test_weights_must_fit(tmp_path):

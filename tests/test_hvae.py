@@ -20,6 +20,7 @@ from tests.sessions import (
     Evil,
     EvilEval,
     hvae_block,
+    nest,
     trap,
     write_biva,
     write_hvae,
@@ -254,6 +255,8 @@ def test_foreign_classes_are_refused_by_name(tmp_path):
         ({"config_stochastic": [c | {"block": "Flow"} for c in LATENTS]}, "block='Flow'"),
         ({"config_stochastic": [c | {"latent_features": 0} for c in LATENTS]}, "zero size"),
         ({"config_stochastic": LATENTS[:2]}, "3 stages but 2 latents"),
+        ({"config_deterministic": [[hvae_block()] * 20] * 3}, "describes 60 blocks"),
+        ({"config_deterministic": blocks(kernel_size=[[3], [3]])}, "kernel_size of stage 0"),
     ],
 )
 def test_unsupported_options_are_named(tmp_path, changes, match):
@@ -261,6 +264,30 @@ def test_unsupported_options_are_named(tmp_path, changes, match):
     with pytest.raises(EbmPriorError, match=match) as error:
         load(folder)
     assert one_line(error)
+
+
+TANGLED = {
+    **{key: {key: nest(10)} for key in HVAE_OPTIONS},
+    "name": {"name": "x" * 1000},
+    "wobble": {"wobble": nest(10)},
+    **{
+        key: {"config_deterministic": blocks(**{key: nest(10)})}
+        for key in ("block", "kernel_size")
+    },
+    "latent": {"config_stochastic": [LATENTS[0] | {"block": nest(10)}] * 3},
+}
+
+
+@pytest.mark.parametrize("changes", TANGLED.values(), ids=TANGLED)
+def test_messages_stay_short_whatever_a_file_holds(tmp_path, changes):
+    folder = write_hvae(tmp_path, state={"x": torch.zeros(1)}, **changes)
+    with pytest.raises(EbmPriorError) as error:
+        load(folder)
+    assert one_line(error) and len(str(error.value)) < 600
+
+
+def test_a_data_set_that_cannot_be_printed_is_not_named(tmp_path):
+    assert load(write_hvae(tmp_path, dataset="x\nSHA-256  0")).dataset is None
 
 
 def test_weights_must_fit(tmp_path):

@@ -207,6 +207,15 @@ def test_an_nvae_folder_is_told_its_file():
     assert f"give the file {NVAE}" in run("info", NVAE.parent, code=1)
 
 
+def test_the_words_of_strangers_forge_no_lines(tmp_path):
+    folder = tmp_path / "x\nSHA-256  0\x1b[2J"
+    folder.mkdir()
+    shutil.copy(NVAE, folder)
+    before, text = run("info", NVAE), run("info", folder / NVAE.name)
+    assert len(text.splitlines()) == len(before.splitlines())
+    assert "\x1b" not in text and r"x\nSHA-256  0\x1b[2J" in text
+
+
 # What heads are
 
 

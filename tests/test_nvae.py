@@ -31,6 +31,7 @@ from benchmarks.parity import errors
 from ebm_prior import EbmPriorError
 from ebm_prior.data import load_images
 from ebm_prior.testing import check_backbone
+from tests.sessions import nest
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nvae"
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
@@ -448,6 +449,8 @@ def only_string(name):
         (set_args(use_se=False), "unexpected pre_process.0.se"),
         (set_args(dataset="stacked_mnist"), "stacked_mnist"),
         (set_args(dataset=None), "name no data set"),
+        (set_args(dataset="mnist\nSHA-256  0"), "name no data set"),
+        (set_args(num_nf=nest(10)), r"num_nf=\[\[\[...\], .{,40}, which makes no NVAE"),
         (set_args(dataset="celeba_64"), "misshaped"),
         (set_args(num_latent_scales=6), "cannot be halved"),
         (set_args(num_latent_per_group=-1), "num_latent_per_group=-1"),
@@ -462,6 +465,8 @@ def only_string(name):
         (set_args(num_postprocess_blocks=2), "post-processing"),
         (unknown_cell, "unknown cell operation 'mconv_e6k9'"),
         (lambda d: d["arch_instance"].pop("up_dec"), "lacks up_dec"),
+        (lambda d: d["arch_instance"].update(up_dec=["res_bnswish"] * 1000), "lacks up_dec"),
+        (lambda d: d["arch_instance"].update(up_dec=[nest(10)]), "lacks up_dec"),
         (only_string("res_mbconv9"), "'res_mbconv9' is not supported"),
         (only_string("mine"), "'mine' is not supported"),
     ],
@@ -496,6 +501,15 @@ def test_other_families_are_recognised(tmp_path):
         load(tmp_path / "checkpoint.pt")
     with pytest.raises(EbmPriorError, match=r"give the file .*checkpoint\.pt"):
         load(tmp_path)
+
+
+def test_aliases_are_dropped_before_they_take_memory(tmp_path):
+    path = write(tmp_path)
+    data = torch.load(path, weights_only=False)
+    shared = torch.zeros(1 << 17, dtype=torch.float16)
+    data["state_dict"] |= {f"x{i}.weight_normalized": shared[:] for i in range(500)}
+    torch.save(data, path)
+    load(path)
 
 
 def test_bare_weights_are_recognised(tmp_path):

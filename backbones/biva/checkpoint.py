@@ -13,9 +13,11 @@ from torch import Tensor
 
 from backbones.biva.network import BivaNetwork
 from backbones.stages.checkpoint import (
+    check_extent,
     fill,
     kernel_of,
     open_session,
+    option,
     padded,
     positive,
     read_state,
@@ -23,7 +25,8 @@ from backbones.stages.checkpoint import (
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import Named, load_pickle_file
+from ebm_prior.safe_load import Named, load_pickle_file, shown
+from ebm_prior.saved import is_text
 
 __all__ = ["DATASETS", "NAMES", "Checkpoint", "build", "read_checkpoint"]
 
@@ -76,7 +79,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     where = session["hyperparameters.p"]
     hyperparameters = load_pickle_file(where, NAMES)
     dataset = _config(session["config.json"]).get("dataset")
-    dataset = DATASETS.get(dataset, dataset) if isinstance(dataset, str) else None
+    dataset = DATASETS.get(dataset, dataset) if is_text(dataset) else None
     state = read_state(session["model.pth"])
     # Spend no memory and no random numbers on weights about to be replaced.
     with torch.device("meta"):
@@ -151,7 +154,7 @@ def _options(data: Any, path: Path) -> dict[str, Any]:
         raise EbmPriorError(f"{path}: no {' and no '.join(missing)} in BIVA's hyperparameters")
     unknown = [key for key in data if key not in REQUIRED and key not in OPTIONAL]
     if unknown:
-        raise EbmPriorError(f"{path}: option {unknown[0]}={data[unknown[0]]!r} is not supported")
+        raise EbmPriorError(f"{path}: option {option(unknown[0], data)} is not supported")
     options = OPTIONAL | dict(data)
     allowed = {
         "Stage": [Named("biva"), Named("lvae"), Named("vae")],
@@ -162,13 +165,13 @@ def _options(data: Any, path: Path) -> dict[str, Any]:
     }
     for key, values in allowed.items():
         if options[key] not in values:
-            raise EbmPriorError(f"{path}: option {key}={options[key]!r} is not supported")
+            raise EbmPriorError(f"{path}: option {option(key, options)} is not supported")
     return options
 
 
 def _image_shape(value: Any, path: Path) -> Shape:
     if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
-        raise EbmPriorError(f"{path}: tensor_shp={value!r} is not (-1, C, H, W)")
+        raise EbmPriorError(f"{path}: tensor_shp={shown(value)} is not (-1, C, H, W)")
     return tuple(positive(n, "a size in tensor_shp", path) for n in value[-3:])
 
 
@@ -180,6 +183,7 @@ def _stages(
         raise EbmPriorError(f"{path}: stages and latents must be lists with an entry per stage")
     if len(stages) != len(latents):
         raise EbmPriorError(f"{path}: {len(stages)} stages but {len(latents)} latents")
+    check_extent(stages, state, path)
     kind = options["Stage"].name
     skip = not options["no_skip"]
     return tuple(
@@ -204,7 +208,7 @@ def _stage(
     for block in blocks:
         if not isinstance(block, (list, tuple)) or len(block) != 3:
             raise EbmPriorError(
-                f"{path}: block {block!r} of stage {i} is not supported; expected (filters, "
+                f"{path}: block {shown(block)} of stage {i} is not supported; expected (filters, "
                 "kernel, stride)"
             )
     specs = [BlockSpec(*(positive(n, f"a block of stage {i}", path) for n in b)) for b in blocks]
@@ -243,9 +247,11 @@ def _latent(i: int, latent: Any, path: Path) -> LatentSpec:
         raise EbmPriorError(f"{path}: the latents of stage {i} are not a table with N and block")
     unknown = [key for key in latent if key not in ("N", "block", "kernel", "learn_prior")]
     if unknown:
-        raise EbmPriorError(f"{path}: option {unknown[0]} of latents is not supported")
+        raise EbmPriorError(
+            f"{path}: option {option(unknown[0], latent)} of latents is not supported"
+        )
     if latent["block"] not in (Named("conv"), Named("dense")):
-        raise EbmPriorError(f"{path}: latents of kind {latent['block']!r} are not supported")
+        raise EbmPriorError(f"{path}: latents of kind {shown(latent['block'])} are not supported")
     size = latent["N"]
     if isinstance(size, int) and size == 0:
         raise EbmPriorError(f"{path}: stage {i} has latents of zero size, which make no group")

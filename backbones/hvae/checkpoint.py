@@ -12,9 +12,11 @@ from torch import Tensor
 
 from backbones.hvae.network import HvaeNetwork
 from backbones.stages.checkpoint import (
+    check_extent,
     fill,
     kernel_of,
     open_session,
+    option,
     padded,
     positive,
     read_state,
@@ -22,7 +24,8 @@ from backbones.stages.checkpoint import (
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file
+from ebm_prior.safe_load import load_torch_file, shown
+from ebm_prior.saved import is_text
 
 __all__ = ["Checkpoint", "build", "read_checkpoint"]
 
@@ -85,8 +88,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     if name not in CLASSES:
         raise EbmPriorError(
-            f"{session['model_class_name.pt']}: model class {name!r} is not supported; known are "
-            f"{', '.join(CLASSES)}"
+            f"{session['model_class_name.pt']}: model class {shown(name)} is not supported; known "
+            f"are {', '.join(CLASSES)}"
         )
     where = session["model_kwargs.pt"]
     # The size of the input is saved as a torch.Size, a tuple that runs nothing.
@@ -156,7 +159,9 @@ def _dataset(path: Path) -> str | None:
     names = config["train_datasets"]
     if not isinstance(names, Mapping) or not names:
         return None
-    name = str(next(iter(names)))
+    name = next(iter(names))
+    if not is_text(name):
+        return None
     for suffix in ("Binarized", "Dequantized"):
         name = name.removesuffix(suffix)
     return DATASETS.get(name.lower(), name.lower())
@@ -175,20 +180,20 @@ def _options(data: Any, path: Path) -> dict[str, Any]:
         raise EbmPriorError(f"{path}: no {' and no '.join(missing)} in the model's arguments")
     unknown = [key for key in kwargs if key not in REQUIRED and key not in OPTIONAL]
     if unknown:
-        raise EbmPriorError(f"{path}: option {unknown[0]}={kwargs[unknown[0]]!r} is not supported")
+        raise EbmPriorError(f"{path}: option {option(unknown[0], kwargs)} is not supported")
     options = OPTIONAL | dict(kwargs)
     for key, known in (("likelihood_module", LIKELIHOODS), ("activation", ACTIVATIONS)):
         value = options[key]
         found = value.lower() if key == "activation" and isinstance(value, str) else value
         if not isinstance(found, str) or found not in known:
-            raise EbmPriorError(f"{path}: option {key}={value!r} is not supported")
+            raise EbmPriorError(f"{path}: option {option(key, options)} is not supported")
     if not isinstance(options["skip_stochastic"], bool):
         raise EbmPriorError(
-            f"{path}: option skip_stochastic={options['skip_stochastic']!r} is not supported"
+            f"{path}: option {option('skip_stochastic', options)} is not supported"
         )
     shape = options["input_shape"]
     if not isinstance(shape, (list, tuple)) or len(shape) not in (3, 4):
-        raise EbmPriorError(f"{path}: input_shape={shape!r} is not (C, H, W)")
+        raise EbmPriorError(f"{path}: input_shape={shown(shape)} is not (C, H, W)")
     options["shape"] = shape[-3:]
     return options
 
@@ -201,6 +206,7 @@ def _stages(
         raise EbmPriorError(f"{path}: its configurations must be lists with an entry per stage")
     if len(stages) != len(latents):
         raise EbmPriorError(f"{path}: {len(stages)} stages but {len(latents)} latents")
+    check_extent(stages, state, path)
     skip = options["skip_stochastic"]
     if kind == "biva" and not skip and len(stages) > 2:
         raise EbmPriorError(
@@ -250,16 +256,17 @@ def _block(config: Any, state: Mapping[str, Tensor], name: str, i: int, path: Pa
         raise EbmPriorError(f"{path}: a block of stage {i} is no table with block, out_channels")
     for key, value in config.items():
         if key not in BLOCK_KEYS or (key == "block" and value != "ResBlockConv2d"):
-            raise EbmPriorError(f"{path}: option {key}={value!r} of blocks is not supported")
+            raise EbmPriorError(f"{path}: option {option(key, config)} of blocks is not supported")
         if key.endswith("sampling_mode") and value not in RESIZE:
-            raise EbmPriorError(f"{path}: option {key}={value!r} of blocks is not supported")
+            raise EbmPriorError(f"{path}: option {option(key, config)} of blocks is not supported")
     channels = positive(config["out_channels"], f"out_channels of stage {i}", path)
     stored = kernel_of(state, f"{name}.conv1") or (channels, 3)
     # Older folders leave defaults out; the weights then say what they were.
     wide = (kernel_of(state, f"{name}.conv2") or (channels, 3))[0] > channels
     normed = f"{name}.conv1.conv.weight_v" in state
     kernel = config.get("kernel_size", stored[1])
-    if isinstance(kernel, (list, tuple)) and len(set(kernel)) == 1:
+    whole = isinstance(kernel, (list, tuple)) and all(type(n) is int for n in kernel)
+    if whole and len(set(kernel)) == 1:
         kernel = kernel[0]
     return BlockSpec(
         channels,
@@ -280,7 +287,9 @@ def _latent(i: int, config: Any, path: Path) -> LatentSpec:
     for key, value in config.items():
         kinds = ("GaussianConv2d", "GaussianDense")
         if key not in LATENT_KEYS or (key == "block" and value not in kinds):
-            raise EbmPriorError(f"{path}: option {key}={value!r} of latents is not supported")
+            raise EbmPriorError(
+                f"{path}: option {option(key, config)} of latents is not supported"
+            )
     size = config["latent_features"]
     if isinstance(size, int) and size == 0:
         raise EbmPriorError(f"{path}: stage {i} has latents of zero size, which make no group")

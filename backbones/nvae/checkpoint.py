@@ -14,7 +14,8 @@ from torch import Tensor
 
 from backbones.nvae.network import Network, NetworkConfig
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file, plain_state
+from ebm_prior.safe_load import load_torch_file, plain_state, shown
+from ebm_prior.saved import is_text
 
 __all__ = [
     "ARCHITECTURES",
@@ -217,7 +218,7 @@ def _other_family(path: Path) -> str:
 
 
 def _check_args(args: Mapping[str, Any], path: Path) -> None:
-    if not isinstance(args.get("dataset"), str):
+    if not is_text(args.get("dataset")):
         raise EbmPriorError(f"{path}: its args name no data set; it cannot be interpreted")
     if args["dataset"] == "stacked_mnist":
         raise EbmPriorError(
@@ -235,7 +236,7 @@ def _check_args(args: Mapping[str, Any], path: Path) -> None:
         else:
             valid = isinstance(value, str)
         if not valid:
-            raise EbmPriorError(f"{path}: its args say {key}={value!r}, which makes no NVAE")
+            raise EbmPriorError(f"{path}: its args say {key}={shown(value)}, which makes no NVAE")
     if args["num_x_bits"] > 8:
         raise EbmPriorError(f"{path}: num_x_bits={args['num_x_bits']}; images have at most 8 bits")
 
@@ -264,29 +265,33 @@ def _cells(
     name = args["arch_instance"]
     if isinstance(table, Mapping):
         needed = ARCHITECTURES["res_mbconv"]
-        broken = [k for k in needed if not isinstance(table.get(k), (list, tuple)) or not table[k]]
+        broken = [key for key in needed if not _is_cell(table.get(key))]
         if broken:
             raise EbmPriorError(f"{path}: its arch_instance lacks {', '.join(broken)}")
-        return {kind: tuple(map(str, table[kind])) for kind in needed}
+        return {kind: tuple(table[kind]) for kind in needed}
     if isinstance(table, str):
         name = table
     if name not in ARCHITECTURES:
         why = "" if name != "res_mbconv9" else " (NVAE's own code cannot build it either)"
         raise EbmPriorError(
-            f"{path}: architecture {name!r} is not supported{why}; known are "
+            f"{path}: architecture {shown(name)} is not supported{why}; known are "
             f"{', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
 
+def _is_cell(operations: Any) -> bool:
+    """Whether it lists a few operations by name; the public code's cells have up to two."""
+    if not isinstance(operations, (list, tuple)) or not 1 <= len(operations) <= 8:
+        return False
+    return all(map(is_text, operations))
+
+
 def _clean_state(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """Weights under plain names, aliases dropped."""
     # `weight_normalized` is the same tensor as the key's '.weight'
-    clean = {
-        key: value
-        for key, value in plain_state(state, path).items()
-        if not key.endswith(".weight_normalized")
-    }
+    clean = {k: v for k, v in state.items() if not str(k).endswith(".weight_normalized")}
+    clean = plain_state(clean, path)  # which refuses keys that are no text
     if clean and all(key.startswith("module.") for key in clean):
         clean = {key.removeprefix("module."): value for key, value in clean.items()}
     return clean

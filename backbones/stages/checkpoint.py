@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from backbones.stages.layers import Dense, Layer, PSwish, Shape
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import load_torch_file, mentions, plain_state
+from ebm_prior.safe_load import load_torch_file, mentions, plain_state, shown
+from ebm_prior.saved import is_text
 
 __all__ = [
-    "Session", "fill", "is_session", "kernel_of", "network_files", "open_session", "padded",
-    "positive", "read_state",
+    "Session", "check_extent", "fill", "is_session", "kernel_of", "network_files",
+    "open_session", "option", "padded", "positive", "read_state",
 ]  # fmt: skip
 
 FILES = {
@@ -36,6 +37,7 @@ DEFINING = {
 }
 """Files that two sessions share if they are the same network."""
 
+FEW = 16  # blocks that cost nothing to build, whatever the weights are
 LARGEST = 1 << 16  # of any size: no model is near it, and products stay below 2**63
 
 
@@ -102,11 +104,16 @@ def _other_family(path: Path, folder: Path, family: str) -> str:
     return ""
 
 
+def option(key: Any, options: Mapping[Any, Any]) -> str:
+    """A stranger's option for a message, such as stride=2."""
+    return f"{key if is_text(key) else shown(key)}={shown(options[key])}"
+
+
 def positive(value: Any, what: str, path: Path) -> int:
     """`value` as a positive whole number, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         raise EbmPriorError(
-            f"{path}: {what} is {value!r}, expected a whole number in 1..{LARGEST}"
+            f"{path}: {what} is {shown(value)}, expected a whole number in 1..{LARGEST}"
         )
     return value
 
@@ -123,15 +130,31 @@ def padded(shape: Shape, value: Any, what: str, path: Path) -> tuple[Shape, tupl
     if value is None:
         return shape, (0, 0)
     if not isinstance(value, (list, tuple)) or len(value) < 2:
-        raise EbmPriorError(f"{path}: {what}={value!r} is not supported")
+        raise EbmPriorError(f"{path}: {what}={shown(value)} is not supported")
     sizes = [positive(n, f"a size in {what}", path) for n in value[-2:]]
     excess = [n - m for n, m in zip(sizes, shape[1:], strict=True)]
     if any(n < 0 or n % 2 for n in excess):
         raise EbmPriorError(
-            f"{path}: {what}={value!r} around {shape[1]}x{shape[2]} images is not "
+            f"{path}: {what}={shown(value)} around {shape[1]}x{shape[2]} images is not "
             "supported; the same padding must fit on both sides"
         )
     return (shape[0], *sizes), (excess[0] // 2, excess[1] // 2)
+
+
+def check_extent(stages: Sequence[Any], state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse lists of far more blocks than there are weights, before building any.
+
+    Args:
+        stages: A list of blocks per stage, not checked yet.
+        state: Stored weights; where there are none, nothing is refused.
+        path: File the stages are in.
+    """
+    blocks = sum(len(stage) for stage in stages if isinstance(stage, (list, tuple)))
+    if state and blocks > max(len(state), FEW):
+        raise EbmPriorError(
+            f"{path} describes {blocks} blocks, far more than the {len(state)} weights beside it; "
+            "use the folder as the training code wrote it"
+        )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

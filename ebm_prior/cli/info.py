@@ -25,6 +25,7 @@ def info(source: str, backbone: str | None, ckpt: str | None, as_json: bool) -> 
     ebm-prior info user/name --ckpt nvae_cifar.pt --json
     """
     from ebm_prior.info import describe
+    from ebm_prior.safe_load import printable
 
     found = describe(source, backbone=backbone, ckpt=ckpt)
     if as_json:
@@ -33,7 +34,8 @@ def info(source: str, backbone: str | None, ckpt: str | None, as_json: bool) -> 
     lines = list(heads_lines(found) if found["what"] == "heads" else backbone_lines(found))
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
-        click.echo(f"{label:{width}}  {text}")
+        # A stranger's words must forge no lines of their own.
+        click.echo(printable(f"{label:{width}}  {text}"))
 
 
 def backbone_lines(found: dict) -> Iterator[tuple[str, str]]:
