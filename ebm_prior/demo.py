@@ -2,7 +2,7 @@
 
 In a Space of the Hub, `app.py` is two lines:
 
-    from ebm_prior.demo import page
+    from ebm_prior.demo import load, page
     page({"digits": load("user/name")}).launch()
 """
 
