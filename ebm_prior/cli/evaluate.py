@@ -15,6 +15,7 @@ from ebm_prior.cli.options import (
     data_options,
     heads_options,
     json_option,
+    record_option,
     seed_type,
 )
 
@@ -46,11 +47,7 @@ from ebm_prior.cli.options import (
     type=click.Path(),
     help="pytorch-fid's weights file, in place of its download.",
 )
-@click.option(
-    "--record",
-    is_flag=True,
-    help="Store the result with the heads, where push finds it for the model card.",
-)
+@record_option
 @json_option
 def evaluate(
     heads: HeadsChoice,
@@ -71,12 +68,10 @@ def evaluate(
     ebm-prior evaluate --heads runs/mine --record
     """
     from ebm_prior.evaluate import evaluate as measure
-    from ebm_prior.files import write_json
     from ebm_prior.metrics import load_features
-    from ebm_prior.saved import CONFIG
+    from ebm_prior.record import record as store
 
-    if record and not heads.local:
-        raise click.UsageError("--record needs heads in a local folder: pull them with --out")
+    heads.check_record(record)
     prior, folder, config = heads.open()
     backbone, sampler = prior.backbone, chain.config(prior)
     network = load_features(
@@ -101,6 +96,5 @@ def evaluate(
     )
     if record:
         found = {"data": Path(data.source(backbone)).name, "features_option": features}
-        config.setdefault("training", {})["evaluation"] = result.to_dict() | found
-        write_json(folder / CONFIG, config)
+        store(folder, "evaluation", result.to_dict() | found)
     click.echo(json.dumps(result.to_dict()) if as_json else result.table())

@@ -39,6 +39,11 @@ device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+record_option = click.option(
+    "--record",
+    is_flag=True,
+    help="Store the result with the heads, for the report and the model card.",
+)
 
 
 def gathered(name: str, kind: type, *options: Callable) -> Callable:
@@ -71,6 +76,11 @@ class HeadsChoice:
     def local(self) -> bool:
         """Whether the heads are in a folder of the user's, not in the Hub's cache."""
         return self.source is None or Path(self.source).is_dir()
+
+    def check_record(self, record: bool) -> None:
+        """Refuse `--record` where there is no folder of the user's to store anything in."""
+        if record and not self.local:
+            raise click.UsageError("--record needs heads in a local folder: pull them with --out")
 
     def open(self) -> tuple[EnergyPrior, Path, dict]:
         """Load the heads and the backbone they name; also their folder and configuration."""
