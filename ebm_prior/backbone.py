@@ -80,6 +80,13 @@ class Likelihood(abc.ABC):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Random image, (B, C, H, W) in [0, 1]."""
 
+    def is_mass(self, x: Tensor) -> bool:
+        """Whether `log_prob(x)` is the logarithm of a probability, and not of a density.
+
+        Only then do bits per dimension compare with other models of the same data.
+        """
+        return False
+
 
 class Backbone(nn.Module, abc.ABC):
     """A pretrained hierarchical VAE: frozen, always in evaluation mode.

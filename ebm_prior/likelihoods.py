@@ -54,6 +54,10 @@ class BernoulliLikelihood(Likelihood):
         )
         return -loss.flatten(1).sum(1)
 
+    def is_mass(self, x: Tensor) -> bool:
+        """True of binary images; on grey ones `log_prob` is a cross-entropy."""
+        return bool(((x == 0) | (x == 1)).all())
+
     @property
     def mean(self) -> Tensor:
         """Pixel probabilities, (B, C, H, W)."""
@@ -90,6 +94,10 @@ class BinomialLikelihood(Likelihood):
         ways = math.lgamma(n + 1) - torch.lgamma(heads + 1) - torch.lgamma(n - heads + 1)
         log_p, log_not_p = F.logsigmoid(self.params), F.logsigmoid(-self.params)
         return (ways + heads * log_p + (n - heads) * log_not_p).flatten(1).sum(1)
+
+    def is_mass(self, x: Tensor) -> bool:
+        """True: the levels' probabilities sum to one."""
+        return True
 
     @property
     def mean(self) -> Tensor:
@@ -167,6 +175,10 @@ class DiscretizedLogisticMixture(Likelihood):
         )
         per_component = log_mass.sum(1) + F.log_softmax(self.mixture_logits, 1)
         return torch.logsumexp(per_component, 1).flatten(1).sum(1)
+
+    def is_mass(self, x: Tensor) -> bool:
+        """True: a level's probability is its bin's mass."""
+        return True
 
     @property
     def mean(self) -> Tensor:

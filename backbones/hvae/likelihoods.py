@@ -44,6 +44,10 @@ class DiscretizedLogistic(Likelihood):
         above = torch.where(lower >= 1 - 1 / LEVELS, torch.ones_like(above), above)
         return torch.log(above - below + 1e-7).flatten(1).sum(1)
 
+    def is_mass(self, x: Tensor) -> bool:
+        """True: a level's probability is its bin's mass."""
+        return True
+
     @property
     def mean(self) -> Tensor:
         """Image at the locations, (B, C, H, W)."""
