@@ -36,6 +36,7 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.partition import Partition, log_mean_exp, log_partition, stream
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior
+from ebm_prior.tables import Table
 
 __all__ = ["Bound", "Estimate", "Likelihoods", "Weights", "bounds", "compare", "log_weights"]
 
@@ -125,30 +126,31 @@ class Likelihoods:
             "warning": self.partition.warning,
         }
 
-    def table(self) -> str:
-        """A small table for the terminal."""
-        rows = [("ELBO", *self.elbo), (f"bound of {self.samples} draws", *self.iw)]
-        width = max(len(rows[1][0]), len("bits per dimension"))
-        lines = [f"{'nats':{width}} {'Gaussian prior':>16} {'energy prior':>16} {'gain':>14}"]
-        for name, gaussian, energy, gain in rows:
-            lines.append(f"{name:{width}} {gaussian!s:>16} {energy!s:>16} {gain!s:>14}")
+    def table(self, data: str = "") -> Table:
+        """Bounds by prior, for the terminal, the card and the report.
+
+        Args:
+            data: Name of the images.
+        """
+        rows = [("ELBO", *map(str, self.elbo))]
+        rows.append((f"importance-weighted, K = {self.samples}", *map(str, self.iw)))
+        p, notes = self.partition, []
         if bits := self.bits_per_dimension:
-            values = f"{bits['gaussian']:16.4f} {bits['energy']:16.4f}"
-            lines.append(f"{'bits per dimension':{width}} {values}")
+            values = (f"{bits['gaussian']:.4f}", f"{bits['energy']:.4f}")
+            rows.append(("bits per dimension of it", *values, ""))
         else:
-            lines.append(
-                f"(no bits per dimension: this {self.likelihood} likelihood is no probability "
-                "of pixel values)"
-            )
-        p = self.partition
-        moves = "" if p.acceptance is None else f", acceptance {p.acceptance:.2f}"
-        lines += [
-            f"(± standard error over {self.images} images, that of the gain paired)",
-            f"ln Z {p.log_z:.3f} ± {p.standard_error:.3f}, which shifts every image of the energy "
-            f"prior alike ({p.chains} chains, {p.temperatures} temperatures{moves}, "
-            f"{p.effective_share:.0%} effective)",
+            notes.append(f"No bits per dimension: {self.likelihood} gives no probabilities here.")
+        notes += [
+            f"± standard error over {self.images} held-out images{f' of {data}' if data else ''}; "
+            "of the gain, paired.",
+            f"ln Z {p.log_z:.3f} ± {p.standard_error:.3f}, an error that shifts the energy prior "
+            f"as a whole ({p.chains} chains, {p.temperatures} temperatures, "
+            f"{p.effective_share:.0%} effective).",
         ]
-        return "\n".join(lines)
+        if p.warning:
+            notes.append(f"Caution: {p.warning}.")
+        header = ("nats", "Gaussian prior", "energy prior", "gain")
+        return Table("Lower bounds of log p(x)", header, rows, " ".join(notes))
 
 
 def compare(

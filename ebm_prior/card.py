@@ -8,12 +8,14 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from ebm_prior.record import RESULTS, recorded
 from ebm_prior.saved import BACKBONE, is_text
+from ebm_prior.tables import Table
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["model_card"]
+__all__ = ["SECTIONS", "commands", "evaluation_table", "model_card", "picture_captions"]
 
 PAPER = "https://arxiv.org/abs/2306.06323"
 HUB_DATASETS = {
@@ -25,6 +27,14 @@ HUB_DATASETS = {
     "svhn": "ufldl-stanford/svhn",
 }
 """Hub ids of the data sets that have one; others are named in the text alone."""
+SECTIONS = {
+    "evaluation": "Results",
+    "ood": "Out-of-distribution detection",
+    "anomaly": "Anomaly detection",
+    "chains": "Long chains",
+    "likelihood": "Log-likelihood",
+}
+"""Headings of recorded results."""
 
 
 def model_card(config: dict, repo_id: str | None = None, pictures: Collection[str] = ()) -> str:
@@ -38,6 +48,8 @@ def model_card(config: dict, repo_id: str | None = None, pictures: Collection[st
         repo_id: Where the heads will be, for the commands.
         pictures: Paths of the pictures beside the card.
     """
+    from ebm_prior.pictures import BEFORE_AFTER
+
     parts = [
         _metadata(config, repo_id),
         _title(config),
@@ -45,7 +57,8 @@ def model_card(config: dict, repo_id: str | None = None, pictures: Collection[st
         _usage(config, repo_id or "user/name"),
         _backbone(config),
         _results(config),
-        _reproduction(config, repo_id or "user/name", bool(pictures)),
+        *_recorded(config, pictures),
+        _reproduction(config, repo_id or "user/name", BEFORE_AFTER in pictures),
         _limits(config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -139,22 +152,24 @@ Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}. Sampler: {samp
 `{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
 
 
-def _pictures(config: dict, pictures: Collection[str]) -> str:
+def picture_captions(config: dict) -> dict[str, str]:
+    """What the card's own pictures show, by their path in the repository."""
     from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
 
-    steps, shown = config["sampler"]["steps"], []
-    if BEFORE_AFTER in pictures:
-        shown.append(
-            f"![Samples before and after]({BEFORE_AFTER})\n\n*The same noise (seeds "
-            f"{CARD_SEEDS[0]} to {CARD_SEEDS[-1]}, none left out): the Gaussian prior, then "
-            f"{steps} steps of the energy prior.*"
-        )
-    if TRANSITION in pictures:
-        shown.append(
-            f"![Chains on their way]({TRANSITION})\n\n*The first eight chains: each column is "
-            "one, time runs downwards.*"
-        )
-    return "\n\n".join(shown)
+    return {
+        BEFORE_AFTER: f"The same noise (seeds {CARD_SEEDS[0]} to {CARD_SEEDS[-1]}, none left "
+        f"out): the Gaussian prior, then {config['sampler']['steps']} steps of the energy prior.",
+        TRANSITION: "The first eight chains: each column is one, time runs downwards.",
+    }
+
+
+def _pictures(config: dict, pictures: Collection[str]) -> str:
+    titles = ("Samples before and after", "Chains on their way")
+    return "\n\n".join(
+        f"![{title}]({path})\n\n*{caption}*"
+        for title, (path, caption) in zip(titles, picture_captions(config).items(), strict=True)
+        if path in pictures
+    )
 
 
 def _checkpoint(config: dict) -> str:
@@ -210,11 +225,11 @@ def _backbone(config: dict) -> str:
     return "\n".join([*lines, "", "It is not part of this repository."])
 
 
-def _results(config: dict) -> str:
+def evaluation_table(config: dict) -> Table | None:
+    """The recorded evaluation as a table, or None if there is none that is complete."""
     found = _evaluation(config)
     if found is None:
-        return ""
-    energy = found["energy"]
+        return None
     rows = []
     for key, name in (
         ("gaussian", "Gaussian prior"),
@@ -222,52 +237,75 @@ def _results(config: dict) -> str:
         ("reconstruction", "reconstructions (floor)"),
     ):
         q = found[key]
-        numbers = f"{q['frechet']:.2f} | {q['precision']:.3f} | {q['recall']:.3f} | {q['n']}"
-        rows.append(f"| {name} | {numbers} |")
+        numbers = (f"{q['frechet']:.2f}", f"{q['precision']:.3f}", f"{q['recall']:.3f}")
+        rows.append((name, *numbers, str(q["n"])))
     data = found.get("data") or config["backbone"].get("dataset") or "the data set"
     held_out = found.get("reference_images")
     against = f"{held_out} held-out images of {data}" if held_out else f"held-out images of {data}"
-    return "\n".join(
-        [
-            "## Results",
-            "",
-            f"Against {against}, on the features of: {energy['features']}. Distances compare",
-            "only on the same features and with as many samples.",
-            "",
-            "| | Fréchet distance | precision | recall | samples |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            f"Share of the gap between Gaussian prior and reconstructions that is closed: "
-            f"{found['gap_closed']:.2f}.",
-        ]
+    return Table(
+        f"Against {against}, on the features of: {found['energy']['features']}. Distances compare "
+        "only on the same features and with as many samples.",
+        ("", "Fréchet distance", "precision", "recall", "samples"),
+        rows,
+        "Share of the gap between Gaussian prior and reconstructions that is closed: "
+        f"{found['gap_closed']:.2f}.",
     )
 
 
-def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
+def _results(config: dict) -> str:
+    table = evaluation_table(config)
+    return f"## {SECTIONS['evaluation']}\n\n{table.markdown()}" if table else ""
+
+
+def _recorded(config: dict, pictures: Collection[str]) -> list[str]:
+    """What other verbs have recorded, a section each."""
+    parts = []
+    for name, found in recorded(config).items():
+        shown = [
+            f"![{caption}]({RESULTS}/{file_name})"
+            for file_name, caption in found.captions.items()
+            if f"{RESULTS}/{file_name}" in pictures
+        ]
+        heading = f"## {SECTIONS.get(name, name.capitalize())}"
+        parts.append("\n\n".join([heading, *(t.markdown() for t in found.tables), *shown]))
+    return parts
+
+
+def commands(config: dict, source: str, pictures: bool = True) -> list[str]:
+    """The commands that repeat what is recorded.
+
+    Args:
+        config: Checked configuration of the heads.
+        source: What to call them: a Hub id or a folder.
+        pictures: Whether to show the one that draws the sample grids.
+    """
     from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
 
-    ckpt = shlex.quote(_checkpoint(config))
-    commands, remarks = [], ""
+    found = []
     if isinstance(config.get("training", {}).get("fit"), dict):
-        command, unsettable = fit_command(config)
-        commands.append(command)
-        if unsettable:
-            remarks = f"\n\nSet from Python (`FitConfig`): {', '.join(unsettable)}."
+        found.append(fit_command(config)[0])
     if pictures:
-        commands.append(
-            f"ebm-prior sample --heads {repo_id} --ckpt {ckpt} "
+        found.append(
+            f"ebm-prior sample --heads {source} --ckpt {shlex.quote(_checkpoint(config))} "
             f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare "
             f"--out {BEFORE_AFTER} --trajectory {TRANSITION}"
         )
     if _evaluation(config):
-        commands.append(evaluate_command(config, repo_id))
-    if not commands:
+        found.append(evaluate_command(config, source))
+    return found
+
+
+def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
+    found, remarks = commands(config, repo_id, pictures), ""
+    if not found:
         return ""
-    result = config["training"].get("result") if "training" in config else None
+    training = config.get("training", {})
+    if isinstance(training.get("fit"), dict) and (unsettable := fit_command(config)[1]):
+        remarks = f"\n\nSet from Python (`FitConfig`): {', '.join(unsettable)}."
+    result = training.get("result")
     if isinstance(result, dict) and isinstance(result.get("iterations"), int):
         remarks = f"\n\nThe fit stopped after {result['iterations']} iterations." + remarks
-    return "## Reproduce\n\n```bash\n" + "\n".join(commands) + "\n```" + remarks
+    return "## Reproduce\n\n```bash\n" + "\n".join(found) + "\n```" + remarks
 
 
 def fit_command(config: dict) -> tuple[str, list[str]]:
@@ -340,7 +378,7 @@ def _limits(config: dict) -> str:
     if _evaluation(config) is None:
         lines.append("* No evaluation is recorded with these heads.")
     else:
-        lines.append("* Nothing was measured beyond the table above.")
+        lines.append("* Nothing was measured beyond what is above.")
     licence = backbone.get("license")
     lines.append(
         f"* Licence of the heads: {config.get('license') or 'not stated'}. Licence of the "

@@ -1,38 +1,111 @@
 """Measured results stored with the heads, where the report and the model card find them.
 
 A result is a small dictionary in `config.json`, under `training`, by the name of the verb
-that measured it; its pictures are PNG files in `results/` beside it.
+that measured it: its numbers, the tables that show them, and its pictures, which are PNG
+files in `results/` beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ebm_prior.files import write_bytes, write_json
-from ebm_prior.saved import CONFIG, read_config
+from ebm_prior.saved import CONFIG, is_text, read_config
+from ebm_prior.tables import Table
 
-__all__ = ["RESULTS", "record"]
+__all__ = ["RESULTS", "Picture", "Recorded", "record", "recorded", "recorded_pictures"]
 
 RESULTS = "results"
+FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.png")
+MAX_PICTURE = 32 << 20  # bytes
+ORDER = ("evaluation", "ood", "anomaly", "chains", "likelihood")
+
+
+class Picture(NamedTuple):
+    """A PNG file and one line that says what it shows."""
+
+    png: bytes
+    caption: str
+
+
+class Recorded(NamedTuple):
+    """What a verb left: its tables, and the captions of its pictures by file name."""
+
+    tables: tuple[Table, ...]
+    captions: Mapping[str, str]
 
 
 def record(
-    folder: Path, name: str, result: dict, pictures: Mapping[str, bytes] | None = None
+    folder: Path,
+    name: str,
+    result: dict,
+    tables: Sequence[Table],
+    pictures: Mapping[str, Picture] | None = None,
 ) -> None:
     """Store a result, in the place of an earlier one of the same name.
 
     Args:
         folder: Run folder or saved folder.
-        name: Verb that measured it, such as "evaluation".
-        result: Plain values, a few kilobytes: curves thinned to some hundred points.
-        pictures: PNG files by name, such as `{"ood.png": ...}`.
+        name: What was measured, such as "evaluation".
+        result: Numbers as plain values, a few kilobytes.
+        tables: How to show them.
+        pictures: By file name, such as `{"ood.png": ...}`.
 
     Raises:
         EbmPriorError: If the folder holds no heads.
     """
     config = read_config(folder)  # anew: another measurement may have finished meanwhile
-    for file_name, content in (pictures or {}).items():
-        write_bytes(folder / RESULTS / file_name, content)
-    config.setdefault("training", {})[name] = result
+    pictures = pictures or {}
+    for file_name, picture in pictures.items():
+        write_bytes(folder / RESULTS / file_name, picture.png)
+    config.setdefault("training", {})[name] = result | {
+        "tables": [table.to_dict() for table in tables],
+        "pictures": {file_name: picture.caption for file_name, picture in pictures.items()},
+    }
     write_json(folder / CONFIG, config)
+
+
+def recorded(config: dict) -> dict[str, Recorded]:
+    """The recorded results of a configuration by name; whatever is odd is left out.
+
+    Args:
+        config: It may be a stranger's.
+    """
+    training = config.get("training")
+    found = {}
+    for name, value in training.items() if isinstance(training, dict) else ():
+        if not is_text(name) or not isinstance(value, dict):
+            continue
+        stored, captions = value.get("tables"), value.get("pictures")
+        stored = stored if isinstance(stored, list) else []
+        captions = captions if isinstance(captions, dict) else {}
+        tables = [table for table in map(Table.from_dict, stored[:50]) if table is not None]
+        captions = {
+            file_name: caption
+            for file_name, caption in captions.items()
+            if FILE_NAME.fullmatch(file_name) and is_text(caption)
+        }
+        if tables or captions:
+            found[name] = Recorded(tuple(tables), captions)
+    known = {name: found.pop(name) for name in ORDER if name in found}
+    return known | found
+
+
+def recorded_pictures(folder: Path, config: dict) -> dict[str, bytes]:
+    """The PNG files that recorded results name, by their path in the folder."""
+    names = [name for found in recorded(config).values() for name in found.captions]
+    read = {f"{RESULTS}/{name}": read_png(folder / RESULTS / name) for name in names}
+    return {path: data for path, data in read.items() if data is not None}
+
+
+def read_png(path: Path) -> bytes | None:
+    """A picture file, or None if it is missing, endless or something else."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_PICTURE + 1)
+    except OSError:
+        return None
+    return data if data.startswith(b"\x89PNG") and len(data) <= MAX_PICTURE else None

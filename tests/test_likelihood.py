@@ -11,13 +11,15 @@ import ebm_prior
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.toy import ToyBackbone, ToyLikelihood
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig
-from ebm_prior.bounds import Weights, bounds, compare, log_weights
+from ebm_prior.bounds import Likelihoods, Weights, bounds, compare, log_weights
 from ebm_prior.likelihoods import (
     BernoulliLikelihood,
     BinomialLikelihood,
     DiscretizedLogisticMixture,
 )
 from ebm_prior.partition import log_partition
+from ebm_prior.record import recorded
+from ebm_prior.saved import read_config
 from tests.test_cli import run
 from tests.test_hierarchy import zero_heads
 from tests.test_prior import Quadratic, gaussian_of_quadratic_heads, quadratic_prior
@@ -78,6 +80,10 @@ def test_more_temperatures_make_more_chains_count_even_far_from_the_prior(toy):
     assert shares[0] < shares[1] < shares[2]
     assert "not reliable" in found[0].warning and "--temperatures" in found[0].warning
     assert found[2].warning is None
+    weights = Weights(torch.zeros(2, 1).double(), torch.zeros(2, 1).double(), False, "x")
+    for p in (found[0], found[2]):  # a card must not hide it
+        result = Likelihoods(*bounds(weights, p.log_z), p, 2, 1, 16, "x", False, 0)
+        assert ("Caution: ln Z is not reliable" in result.table().note) == bool(p.warning)
     assert abs(found[2].log_z - exact) < 4 * found[2].standard_error < 0.6
     assert found[0].acceptance is None and 0.4 < found[2].acceptance < 0.8
 
@@ -224,7 +230,7 @@ def test_densities_and_grey_bernoullis_are_not_called_masses():
 def test_bits_per_dimension_only_for_masses(toy):
     result = compare(quadratic_prior(toy), images(), samples=2, chains=5, temperatures=2)
     assert result.bits_per_dimension is None and result.to_dict()["bits_per_dimension"] is None
-    assert "no bits per dimension: this Gaussian likelihood" in result.table()
+    assert "No bits per dimension: Gaussian gives no probabilities" in result.table().text()
 
 
 # Bad input
@@ -299,6 +305,8 @@ def test_command_records_with_the_heads(measure, folder):
     stored = json.loads((folder / "recorded/config.json").read_text())["training"]["likelihood"]
     assert stored["data"] == "x.npz" and stored["images"] == 6 and stored["samples"] == 3
     assert stored["partition"]["chains"] == 8
+    (table,) = recorded(read_config(folder / "recorded"))["likelihood"].tables
+    assert "6 held-out images of x.npz" in table.note
 
 
 def test_command_on_a_discrete_likelihood_gives_bits(monkeypatch):

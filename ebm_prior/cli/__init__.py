@@ -17,6 +17,7 @@ from ebm_prior.cli.import_heads import import_heads
 from ebm_prior.cli.info import info
 from ebm_prior.cli.likelihood import likelihood
 from ebm_prior.cli.pretrain import pretrain
+from ebm_prior.cli.report import report
 from ebm_prior.cli.sample import sample
 from ebm_prior.cpu import keep_freed_memory
 from ebm_prior.errors import EbmPriorError
@@ -86,6 +87,7 @@ def main() -> None:
 
 
 for command in (
-    fit, sample, evaluate, likelihood, hierarchy, info, pretrain, push, pull, import_heads, demo,
+    fit, sample, evaluate, likelihood, report, hierarchy, info, pretrain, push, pull,
+    import_heads, demo,
 ):  # fmt: skip
     main.add_command(command)

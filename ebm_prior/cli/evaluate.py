@@ -96,5 +96,5 @@ def evaluate(
     )
     if record:
         found = {"data": Path(data.source(backbone)).name, "features_option": features}
-        store(folder, "evaluation", result.to_dict() | found)
+        store(folder, "evaluation", result.to_dict() | found, tables=[])  # the card makes its own
     click.echo(json.dumps(result.to_dict()) if as_json else result.table())

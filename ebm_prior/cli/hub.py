@@ -78,6 +78,7 @@ def push(
     from ebm_prior import hub
     from ebm_prior.convert import converted_backbone
     from ebm_prior.pictures import card_pictures
+    from ebm_prior.record import recorded_pictures
 
     repo_id = hub.check_can_push(repo_id, token)
     text = Path(card).read_text() if card else None
@@ -95,13 +96,13 @@ def push(
     else:  # what heads were pulled with does not travel on by itself
         backbone = None
         config["backbone"].pop("converted", None)
-    pictures = {}
+    pictures = recorded_pictures(folder, config)
     if not no_pictures:
         try:
             prior, _, _ = HeadsChoice(source, None, ckpt, False, device).open()
         except EbmPriorError as error:
             raise EbmPriorError(f"{error} (or push without pictures: --no-pictures)") from error
-        pictures = card_pictures(prior)
+        pictures |= card_pictures(prior)
     url = hub.push_files(
         heads.weights().read_bytes(),
         config,

@@ -96,9 +96,8 @@ def likelihood(
         seed=seed,
         batch_size=batch_size,
     )
+    name = Path(data.source(prior.backbone)).name
+    table = result.table(name)
     if record:
-        found = {"data": Path(data.source(prior.backbone)).name}
-        store(folder, "likelihood", result.to_dict() | found)
-    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
-    if result.partition.warning:
-        click.echo(f"Warning: {result.partition.warning}", err=True)
+        store(folder, "likelihood", result.to_dict() | {"data": name}, tables=[table])
+    click.echo(json.dumps(result.to_dict()) if as_json else table.text())
