@@ -140,13 +140,13 @@ class Likelihoods:
             rows.append(("bits per dimension of it", *values, ""))
         else:
             notes.append(f"No bits per dimension: {self.likelihood} gives no probabilities here.")
-        notes += [
-            f"± standard error over {self.images} held-out images{f' of {data}' if data else ''}; "
-            "of the gain, paired.",
-            f"ln Z {p.log_z:.3f} ± {p.standard_error:.3f}, an error that shifts the energy prior "
-            f"as a whole ({p.chains} chains, {p.temperatures} temperatures, "
-            f"{p.effective_share:.0%} effective).",
-        ]
+        rows.append(("ln Z", "0", f"{p.log_z:.3f} ± {p.standard_error:.3f}", ""))
+        of = f" of {data[:80]}" if data else ""  # a longer note would be no table text
+        notes.append(
+            f"± standard error over {self.images} held-out images{of}, of the gain paired; that of "
+            f"ln Z shifts the energy prior as a whole ({p.chains} chains, {p.temperatures} "
+            f"temperatures, {p.effective_share:.0%} effective)."
+        )
         if p.warning:
             notes.append(f"Caution: {p.warning}.")
         header = ("nats", "Gaussian prior", "energy prior", "gain")
