@@ -143,8 +143,8 @@ class Likelihoods:
         rows.append(("ln Z", "0", f"{p.log_z:.3f} ± {p.standard_error:.3f}", ""))
         of = f" of {data[:80]}" if data else ""  # a longer note would be no table text
         notes.append(
-            f"± standard error over {self.images} held-out images{of}, of the gain paired; that of "
-            f"ln Z shifts the energy prior as a whole ({p.chains} chains, {p.temperatures} "
+            f"± standard error over {self.images} held-out images{of}, of the gain paired; that "
+            f"of ln Z shifts the energy prior as a whole ({p.chains} chains, {p.temperatures} "
             f"temperatures, {p.effective_share:.0%} effective)."
         )
         if p.warning:
