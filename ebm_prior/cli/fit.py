@@ -119,7 +119,8 @@ def apply_preset(ctx: click.Context, _: click.Parameter, value: str | None) -> N
     type=click.Choice(["pcnl", "langevin"]),
     default="pcnl",
     show_default=True,
-    help="Metropolis-adjusted step with tuned size, or the paper's Langevin step.",
+    help="Metropolis-adjusted step with tuned size, or the paper's Langevin step; "
+    "fitted heads can be sampled with others too.",
 )
 @click.option(
     "--step-size",
