@@ -83,6 +83,13 @@ def test_fit_names_its_run_folder(world):
     assert stored["backbone"]["path"] == str(world / "toy.json")
 
 
+def test_a_source_with_classes_is_stored_in_full(world):
+    from ebm_prior.cli.fit import absolute
+
+    assert absolute("x.npz:0,1") == f"{world / 'x.npz'}:0,1"
+    assert absolute("x.npz") == str(world / "x.npz") and absolute("mnist:0,1") == "mnist:0,1"
+
+
 def test_fit_prints_json(tmp_path):
     out = run(
         "fit",

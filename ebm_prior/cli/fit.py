@@ -280,7 +280,10 @@ def refuse_changes(ctx: click.Context, folder: Path, stored: dict) -> None:
 
 def absolute(source: str) -> str:
     """A data set's name as it is, a path in full."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
+    from ebm_prior.data import split_classes
+
+    path, _ = split_classes(source)
+    return str(Path(source).absolute()) if Path(path).exists() else source
 
 
 def newest_unfinished() -> Path:

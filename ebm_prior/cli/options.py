@@ -233,7 +233,8 @@ data_options = gathered(
     click.option(
         "--data",
         metavar="DATA",
-        help="Data set name, or image folder, zip, .npz or LMDB [default: as the backbone].",
+        help="Data set name, or image folder, zip, .npz or LMDB; :0,1 after it keeps these "
+        "classes [default: as the backbone].",
     ),
     click.option("--resize", is_flag=True, help="Resize, crop or convert images that do not fit."),
 )
