@@ -43,7 +43,7 @@ def energy_figure(study: ChainStudy) -> Figure:
             axes.fill_between(steps, low[shown], high[shown], color=colour, alpha=0.15, lw=0)
             axes.set_xlabel("transition")
     early.set_ylabel("energy E of the chains, nats\n(median and 5-95 %)")
-    whole.legend()
+    whole.legend(frameon=False, fontsize=8)
     for axes in more:
         bars(axes, study.runs)
     return figure
@@ -72,7 +72,7 @@ def way_picture(study: ChainStudy, reference: Tensor | None = None) -> Tensor:
     for run, frechet in zip(study.runs, study.frechet, strict=True):
         name = f"{run.config.transition}, " if len(study.runs) > 1 else ""
         for step, images in run.images.items():
-            distance = f", Fréchet {frechet[step]:.1f}" if step in frechet else ""
+            distance = f", FD {frechet[step]:.1f}" if step in frechet else ""
             rows.append((f"{name}step {step}{distance}", images[:COLUMNS]))
     if reference is not None:
         rows.append(("held-out images", reference[:COLUMNS]))
@@ -116,7 +116,7 @@ def latents_figure(
     if not names:
         return None
     rows = [(run, name) for run in study.runs for name in names]
-    steps = [step for step in LATENTS_AT if step in study.runs[0].latents]
+    steps = [step for step in LATENTS_AT if all(step in run.latents for run in study.runs)]
     figure, grid = new_figure(len(rows), len(steps), size=(2.5, 2.6))
     for (run, name), line in zip(rows, grid, strict=True):
         beneath = None if posterior is None else posterior[name]
@@ -137,5 +137,5 @@ def latents_figure(
         line[0].set_ylabel(f"{own}second unit of {name}")
     for axes in grid[-1]:
         axes.set_xlabel("first unit")
-    grid[0][-1].legend(markerscale=2, fontsize=7)
+    grid[0][-1].legend(markerscale=2, fontsize=7, frameon=False)
     return figure

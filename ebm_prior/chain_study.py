@@ -196,8 +196,8 @@ def study(
         return ChainStudy(runs, ({},) * len(runs), data, count)
     want = FeatureStatistics.from_features(network(reference), network.name)
     frechet: list[dict[int, float]] = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("once", message=".*the covariance is singular")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for run in runs:
             features = {step: network(x) for step, x in run.images.items()}
             frechet.append(
@@ -206,4 +206,6 @@ def study(
                     for step, x in features.items()
                 }
             )
+    for message in sorted({str(warning.message) for warning in caught}):
+        warnings.warn(message, stacklevel=2)  # once, not for every step of every run
     return ChainStudy(runs, tuple(frechet), data, count, network.name)
