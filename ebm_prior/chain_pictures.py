@@ -33,6 +33,7 @@ def energy_figure(study: ChainStudy) -> Figure:
     """
     several = len(study.runs) > 1
     figure, ((early, whole, *more),) = new_figure(columns=2 + several, size=(4.4, 3.0))
+    shade = 0.07 if several else 0.15
     for run, colour in zip(study.runs, COLOURS, strict=False):
         low, median, high = np.quantile(run.energy, [0.05, 0.5, 0.95], axis=1)
         name = f"{run.config.transition}, s = {run.config.step_size:.2g}"
@@ -40,7 +41,7 @@ def energy_figure(study: ChainStudy) -> Figure:
             shown = slice(0, last + 1)
             steps = np.arange(len(median))[shown]
             axes.plot(steps, median[shown], color=colour, label=name)
-            axes.fill_between(steps, low[shown], high[shown], color=colour, alpha=0.15, lw=0)
+            axes.fill_between(steps, low[shown], high[shown], color=colour, alpha=shade, lw=0)
             axes.set_xlabel("transition")
     early.set_ylabel("energy E of the chains, nats\n(median and 5-95 %)")
     whole.legend(frameon=False, fontsize=8)
@@ -57,6 +58,7 @@ def bars(axes: object, runs: Sequence[LongChains]) -> None:
         values = (rates["energy"], rates["half norm"], min(rates.values()))
         places = np.arange(len(values)) + (i - (len(runs) - 1) / 2) * 0.8 / len(runs)
         axes.bar(places, values, 0.75 / len(runs), color=colour)
+    axes.set_axisbelow(True)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel("effective samples per 1000 gradients")
 
@@ -137,5 +139,13 @@ def latents_figure(
         line[0].set_ylabel(f"{own}second unit of {name}")
     for axes in grid[-1]:
         axes.set_xlabel("first unit")
-    grid[0][-1].legend(markerscale=2, fontsize=7, frameon=False)
+    shown = {  # each kind of point once
+        label: points
+        for axes in grid[0]
+        for points, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside upper center", ncols=3, markerscale=3,
+        frameon=False,
+    )  # fmt: skip
     return figure
