@@ -15,6 +15,7 @@ from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone, LatentGroup, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.fit import FitConfig, FitResult, fit
+from ebm_prior.hmc import hmc, mala
 from ebm_prior.langevin import langevin, pcnl
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.registry import detect_backbone, list_backbones, load_backbone
@@ -32,8 +33,10 @@ __all__ = [
     "__version__",
     "detect_backbone",
     "fit",
+    "hmc",
     "langevin",
     "list_backbones",
     "load_backbone",
+    "mala",
     "pcnl",
 ]

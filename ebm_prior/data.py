@@ -4,6 +4,8 @@ A name is fetched by torchvision (`digits` comes with scikit-learn); a path is a
 of images, a zip of images, an `.npz`, or an LMDB as NVAE stores it. Nothing is ever
 extracted, unpickled or run, and sizes are checked before anything is decoded.
 
+`:` and numbers after either keep the images of these classes: `mnist:0,1`.
+
 Splits: a source with parts of its own (a named data set, `x_train`/`x_test`, folders
 `train` and `test` or `validation`) keeps them. Of any other, a fixed random tenth is
 the test split and the rest is the train split.
@@ -44,7 +46,7 @@ from ebm_prior.sources import (
 )
 from ebm_prior.torchvision_compat import import_torchvision
 
-__all__ = ["ImageSet", "known_names", "load_files", "load_images", "to_float"]
+__all__ = ["ImageSet", "known_names", "load_files", "load_images", "split_classes", "to_float"]
 
 Shape = tuple[int, int, int]  # C, H, W
 
@@ -100,6 +102,7 @@ def load_images(
         source: A known name (see `known_names`), or the path of a folder or zip of
             images, an `.npz` (x_train, x_test and y_train, y_test; or images, x or
             arr_0), or a folder with an LMDB. Write "./mnist" for a path that is a name.
+            ":0,1" at the end keeps the images with these labels.
         split: "train" or "test"; the module's docstring says what they are.
         shape: (C, H, W) the images must have; by default what the first one has.
         resize: Crop (centrally, to the wanted aspect), scale and convert images between
@@ -123,6 +126,7 @@ def load_images(
     root = Path(root or os.environ.get("EBM_PRIOR_DATA") or "~/.cache/ebm_prior/data")
     root = root.expanduser()
     shape = tuple(shape) if shape is not None else None
+    source, classes = split_classes(source)
     name, loader, size = _find(source, root)
     if size is not None:  # such images have no size of their own
         resize = resize or shape in (None, (3, size, size))
@@ -131,6 +135,8 @@ def load_images(
         part = loader(split, root, download, stack=stack)
         if not len(part.items):
             raise EbmPriorError(f"{source} has no {split} images; add some or name another source")
+        if classes is not None:
+            part = _of_classes(part, source, split, classes)
         if limit is not None and limit < len(part.items):
             order = np.random.RandomState(0).permutation(len(part.items))
             part = part.take(np.sort(order[:limit]))
@@ -171,6 +177,24 @@ Loader = Callable[..., Part]  # (split, root, download, *, stack): `stack` close
 def known_names() -> list[str]:
     """Names that `load_images` fetches by itself; LSUN's and CelebA's also take a size."""
     return sorted(NAMED)
+
+
+def split_classes(source: str | Path) -> tuple[str | Path, str | None]:
+    """A source such as "mnist:0,1" as "mnist" and "0,1"; without classes None for these."""
+    match = re.fullmatch(r"(.+):(\d+(?:,\d+)*)", str(source))
+    if match is None or Path(source).expanduser().exists():
+        return source, None
+    return match[1], match[2]
+
+
+def _of_classes(part: Part, source: str | Path, split: str, classes: str) -> Part:
+    """Items of these classes only."""
+    if part.labels is None:
+        raise EbmPriorError(f"{source}:{classes} needs labels, and {source} has none")
+    wanted = [int(text) for text in classes.split(",")]
+    if absent := sorted(set(wanted) - set(np.unique(part.labels).tolist())):
+        raise EbmPriorError(f"{source} has no {split} images of class {absent[0]}")
+    return part.take(np.flatnonzero(np.isin(part.labels, wanted)))
 
 
 def _find(source: str | Path, root: Path) -> tuple[str, Loader, int | None]:

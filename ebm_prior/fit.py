@@ -26,11 +26,12 @@ from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.images import grid, save_png
 from ebm_prior.interrupt import CtrlC, Interrupted
-from ebm_prior.langevin import ChainState, flatten, pcnl_start, pcnl_step
+from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.run import CACHE, RunFolder, environment
+from ebm_prior.transitions import FITTED
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
 
@@ -188,7 +189,7 @@ def fit(
 
     Args:
         prior: Heads on a frozen backbone; `prior.sampler` says which transition to use
-            and where its step size starts.
+            (`langevin`, or `pcnl` with tuned step size) and where its step size starts.
         images: Training images, uint8, (N, C, H, W) of the backbone's image shape.
         config: Settings.
         run_dir: Run folder to create, or to continue with `resume`.
@@ -207,6 +208,11 @@ def fit(
         raise EbmPriorError(
             f"images are {tuple(images.shape[1:])}, the backbone's are "
             f"{tuple(prior.backbone.image_shape)}"
+        )
+    if prior.sampler.transition not in FITTED:
+        raise EbmPriorError(
+            f"heads are fitted with {' or '.join(FITTED)}, not {prior.sampler.transition}; "
+            "once fitted they can be sampled with any transition"
         )
     if len(images) < 10:
         raise EbmPriorError(f"{len(images)} images are too few to fit on; give at least 10")
@@ -446,7 +452,7 @@ class _Fit:
             moved = self.prior.run_chain(self.unflatten(eps), sampler, generator=self.generator)
             return flatten(moved)[0], []
         energy, rates = self.prior.energy_of_noise, []
-        state = pcnl_start(energy, eps, self.unflatten)
+        state = start_chain(energy, eps, self.unflatten)
         for _ in range(steps):
             state, rate = self.tuned_step(energy, state)
             rates.append(rate)
@@ -724,7 +730,7 @@ class _Fit:
         with frozen(self.prior.heads):
             for last in [False] * rounds + [True]:
                 start = flatten(self.prior.noise(chains, generator))[0]
-                state, rates = pcnl_start(energy, start, self.unflatten), []
+                state, rates = start_chain(energy, start, self.unflatten), []
                 for _ in range(steps):
                     size = self.step_size
                     state, rate = self.tuned_step(energy, state)

@@ -31,9 +31,9 @@ from tqdm import tqdm
 from ebm_prior.backbone import LatentGroup, Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.images import MAX_GRID, labelled_rows, side_by_side, to_uint8, whole_scale
-from ebm_prior.langevin import Generators, StepInfo, langevin, pcnl
+from ebm_prior.langevin import Generators, StepInfo
 from ebm_prior.posterior_cache import PosteriorStream
-from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
+from ebm_prior.prior import EnergyPrior, SamplerConfig
 
 __all__ = ["Hierarchy", "Level", "Redrawn", "explore", "infer", "levels", "redraw"]
 
@@ -101,21 +101,8 @@ def redraw(
 
     noise = prior.noise(len(eps[0]), generator)
     start = tuple(noise[i] for i in free)
-    # log_density also counts the held groups' norm: a constant, without a gradient
-    chain, function = (
-        (langevin, prior.log_density)
-        if config.transition == "langevin"
-        else (pcnl, prior.energy_of_noise)
-    )
-    with frozen(prior.heads):
-        end = chain(
-            lambda part: function(whole(part), temperature),
-            start,
-            steps=config.steps,
-            step_size=config.step_size,
-            generator=generator,
-            callback=callback,
-        )
+    # where the norm counts, the held groups' is in it too: a constant, without a gradient
+    end = prior.run_chain(start, config, temperature, generator, callback, complete=whole)
     return Redrawn(whole(start), whole(end))
 
 

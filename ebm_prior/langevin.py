@@ -1,4 +1,4 @@
-"""Two Markov transitions in eps-space, as pure functions of an energy or log-density.
+"""Langevin transitions in eps-space, as pure functions of an energy or log-density.
 
 In eps-space the tilted prior is (App. A.3, with E = -f)
 
@@ -9,7 +9,8 @@ the Jacobian of T, so nothing else is added to the drift.
 
 `langevin` is the paper's unadjusted step. `pcnl` is the Metropolis-adjusted,
 preconditioned Crank-Nicolson Langevin step, whose proposal leaves N(0, I) exactly
-invariant; its acceptance rate tells whether the step size is right.
+invariant; its acceptance rate tells whether the step size is right. `ebm_prior.hmc` has
+two more exact ones; `ebm_prior.transitions` lists all by name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from torch import Tensor
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["ChainState", "StepInfo", "langevin", "pcnl", "pcnl_start", "pcnl_step", "randn"]
+__all__ = [
+    "ChainState", "StepInfo", "langevin", "metropolis", "metropolis_chain", "pcnl", "pcnl_step",
+    "randn", "start_chain",
+]  # fmt: skip
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, or one per sample (each sample then has its own stream)."""
@@ -36,11 +40,14 @@ class StepInfo(NamedTuple):
         step: Steps done, from 1.
         eps: Chain state after the step.
         accepted: Which proposals were taken, (B,) bool; all of them for `langevin`.
+        energy: E(T(eps)) after the step, (B,), nats; None for `langevin`, which evaluates
+            before it moves.
     """
 
     step: int
     eps: Latents
     accepted: Tensor
+    energy: Tensor | None = None
 
 
 class ChainState(NamedTuple):
@@ -127,18 +134,31 @@ def pcnl(
     Returns:
         New detached tensors; `eps` is not changed.
     """
+    return metropolis_chain(pcnl_step, energy, eps, steps, step_size, generator, callback)
+
+
+def metropolis_chain(
+    transition: Callable[..., tuple[ChainState, Tensor, Tensor]],
+    energy: Callable[[Latents], Tensor],
+    eps: Latents,
+    steps: int,
+    step_size: float,
+    generator: Generators = None,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Latents:
+    """Repeat a transition with the signature of `pcnl_step`; otherwise as `pcnl`."""
     check_settings(steps, step_size)
     flat, unflatten = flatten(eps)
-    state = pcnl_start(energy, flat, unflatten)
+    state = start_chain(energy, flat, unflatten)
     for step in range(1, steps + 1):
-        state, accepted, _ = pcnl_step(energy, state, unflatten, step_size, generator)
+        state, accepted, _ = transition(energy, state, unflatten, step_size, generator)
         if callback is not None:
-            callback(StepInfo(step, unflatten(state.eps), accepted))
+            callback(StepInfo(step, unflatten(state.eps), accepted, state.energy))
     return unflatten(state.eps)
 
 
-def pcnl_start(energy: Callable, eps: Tensor, unflatten: Callable) -> ChainState:
-    """Evaluate energy and gradient where a chain begins."""
+def start_chain(energy: Callable, eps: Tensor, unflatten: Callable) -> ChainState:
+    """Energy and gradient at eps (B, D), where a chain begins or a proposal lands."""
     value, grad = value_and_grad(energy, eps, unflatten)
     return ChainState(eps, value, -grad)
 
@@ -161,9 +181,25 @@ def pcnl_step(
     proposal = ((2 - delta) * state.eps + 2 * delta * state.grad + (8 * delta) ** 0.5 * noise) / (
         2 + delta
     )
-    value, grad = value_and_grad(energy, proposal, unflatten)
-    new = ChainState(proposal, value, -grad)
+    new = start_chain(energy, proposal, unflatten)
     log_ratio = _rho(state, new, delta) - _rho(new, state, delta)
+    return metropolis(state, new, log_ratio, generator)
+
+
+def metropolis(
+    state: ChainState, new: ChainState, log_ratio: Tensor, generator: Generators = None
+) -> tuple[ChainState, Tensor, Tensor]:
+    """Take each sample's proposal with probability min(1, exp(log_ratio)).
+
+    Args:
+        state: Where the chains are.
+        new: Their proposals.
+        log_ratio: Logarithm of the Metropolis-Hastings ratio, (B,).
+        generator: One generator, or one per sample.
+
+    Returns:
+        As `pcnl_step`.
+    """
     # A non-finite proposal is a rejection, never a crash: exp(nan) compares false.
     probability = log_ratio.clamp(max=0).exp().nan_to_num(0.0) * new.energy.isfinite()
     accepted = rand(probability, generator) < probability

@@ -14,12 +14,12 @@ from ebm_prior import hub
 from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import EnergyHead
-from ebm_prior.langevin import Generators, StepInfo, check_settings, langevin, pcnl, randn
+from ebm_prior.langevin import Generators, StepInfo, check_settings, randn
+from ebm_prior.transitions import TRANSITIONS
 
 __all__ = ["EnergyPrior", "SamplerConfig"]
 
 HEAD_KINDS = ("factorized", "joint", "both")
-TRANSITIONS = ("langevin", "pcnl")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class SamplerConfig:
     """How the heads were sampled while fitted, hence how to sample them now.
 
     Attributes:
-        transition: `langevin` (the paper's step) or `pcnl` (Metropolis-adjusted).
+        transition: `langevin` (the paper's step), or one of the Metropolis-adjusted: `mala`,
+            `hmc`, `pcnl`.
         steps: Transitions from N(0, I).
-        step_size: s of either transition.
+        step_size: s of any transition: the variance of `langevin`'s noise.
     """
 
     transition: str = "pcnl"
@@ -176,7 +177,7 @@ class EnergyPrior(nn.Module):
             step_size: s; the stored one by default.
             temperature: Multiplies every prior sigma.
             generator: One generator, or one per sample.
-            transition: `langevin` or `pcnl`; the stored one by default.
+            transition: A name in `TRANSITIONS`; the stored one by default.
             callback: Called with a `StepInfo` after every step.
 
         Returns:
@@ -206,16 +207,26 @@ class EnergyPrior(nn.Module):
         temperature: float = 1.0,
         generator: Generators = None,
         callback: Callable[[StepInfo], None] | None = None,
+        complete: Callable[[Latents], Latents] = tuple,
     ) -> Latents:
-        """Chains of the tilted prior from any start."""
-        chain, function = (
-            (langevin, self.log_density)
-            if config.transition == "langevin"
-            else (pcnl, self.energy_of_noise)
-        )
+        """Chains of the tilted prior from any start.
+
+        Args:
+            eps: Start of what moves.
+            config: Transition, steps and step size.
+            temperature: Multiplies every prior sigma.
+            generator: One generator, or one per sample.
+            callback: Called with a `StepInfo` after every step.
+            complete: Makes the noise of all groups of a chain's state, where only some move.
+
+        Returns:
+            The chains' last states, shaped as `eps`.
+        """
+        transition = TRANSITIONS[config.transition]
+        density = getattr(self, transition.density)
         with frozen(self.heads):
-            return chain(
-                lambda e: function(e, temperature),
+            return transition.chain(
+                lambda e: density(complete(e), temperature),
                 eps,
                 steps=config.steps,
                 step_size=config.step_size,

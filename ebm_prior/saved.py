@@ -149,12 +149,13 @@ class _Fields:
         self.config, self.where = config, where
 
     def check(self) -> None:
-        from ebm_prior.prior import HEAD_KINDS, TRANSITIONS
+        from ebm_prior.prior import HEAD_KINDS
+        from ebm_prior.transitions import TRANSITIONS
 
         self.choice("heads.kind", HEAD_KINDS)
         self.whole("heads.nef", MAX_SIDE)
         self.whole("heads.ndf", MAX_SIDE)
-        self.choice("sampler.transition", TRANSITIONS)
+        self.choice("sampler.transition", tuple(TRANSITIONS))
         self.whole("sampler.steps", 1 << 24)
         step_size = self.value("sampler.step_size", (int, float))
         if not 0 < step_size < 1e6:

@@ -65,8 +65,8 @@ def _inside(world, monkeypatch):
     monkeypatch.chdir(world)
 
 
-VERBS = ["fit", "sample", "evaluate", "likelihood", "hierarchy", "info", "pretrain"]
-VERBS += ["push", "pull", "import", "demo"]
+VERBS = ["fit", "sample", "evaluate", "hierarchy", "chains", "likelihood", "report", "info"]
+VERBS += ["pretrain", "push", "pull", "import", "demo"]
 
 
 @pytest.mark.parametrize("command", ["", *VERBS])
@@ -81,6 +81,13 @@ def test_fit_names_its_run_folder(world):
     stored = json.loads((folder / "config.json").read_text())
     assert stored["training"]["data"]["source"] == str(world / "x.npz")
     assert stored["backbone"]["path"] == str(world / "toy.json")
+
+
+def test_a_source_with_classes_is_stored_in_full(world):
+    from ebm_prior.cli.fit import absolute
+
+    assert absolute("x.npz:0,1") == f"{world / 'x.npz'}:0,1"
+    assert absolute("x.npz") == str(world / "x.npz") and absolute("mnist:0,1") == "mnist:0,1"
 
 
 def test_fit_prints_json(tmp_path):

@@ -413,6 +413,22 @@ def write_npz(path, **arrays):
     return path
 
 
+def test_chosen_classes(tmp_path):
+    x, y = pictures(30, (7, 6)), np.arange(30) % 5
+    where = write_npz(tmp_path / "a.npz", x_train=x[:20], y_train=y[:20], x_test=x[20:])
+    found = load_images(f"{where}:1,3")
+    assert found.labels.tolist() == [1, 3] * 4 and found.name == "a"
+    assert np.array_equal(found.images[:, 0], x[:20][np.isin(y[:20], [1, 3])])
+    assert load_images(f"{where}:3,1", limit=3).labels.max() <= 3
+    digits = load_images("digits:0,1", split="test").labels
+    assert set(digits.tolist()) == {0, 1}
+    fails("no train images of class 7", f"{where}:1,7")
+    fails("a.npz:1 needs labels", f"{where}:1", split="test")
+    fails("no such file or folder: .*b.npz", f"{tmp_path / 'b.npz'}:1")
+    write_npz(tmp_path / "c.npz", x_train=x).rename(tmp_path / "c:1")  # a file is what it is
+    fails("c:1", tmp_path / "c:1")
+
+
 def test_npz_parts(tmp_path):
     x, y = pictures(30, (7, 6)), np.arange(30)
     where = write_npz(tmp_path / "a.npz", x_train=x[:20], y_train=y[:20], x_test=x[20:])

@@ -99,6 +99,14 @@ def test_nce_finds_the_density_ratio(tmp_path):
         torch.testing.assert_close(ours.std(0), spread, rtol=0.12, atol=0)
 
 
+def test_other_transitions_are_for_sampling_only(tmp_path, toy):
+    prior = EnergyPrior.for_backbone(toy, nef=4, ndf=6, sampler=SamplerConfig("mala", 5, 0.1))
+    images = torch.zeros(20, *toy.image_shape, dtype=torch.uint8)
+    with pytest.raises(EbmPriorError, match="fitted with langevin or pcnl, not mala"):
+        fit(prior, images, FitConfig(), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("chains", ["persistent", "fresh"])
 @pytest.mark.parametrize("transition", ["pcnl", "langevin"])
 def test_mle_moves_the_prior_towards_the_posterior(tmp_path, transition, chains):

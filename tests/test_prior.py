@@ -9,6 +9,7 @@ import ebm_prior
 from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig
 from ebm_prior.testing import check_backbone
+from ebm_prior.transitions import TRANSITIONS
 
 
 class Quadratic(nn.Module):
@@ -81,11 +82,13 @@ def test_log_density_gradient_matches_finite_differences(toy, temperature):
     )
 
 
-@pytest.mark.parametrize("transition", ["pcnl", "langevin"])
-def test_quadratic_heads_are_sampled_from_their_known_gaussian(toy, transition):
+@pytest.mark.parametrize(
+    "transition, step, steps",
+    # small enough that Langevin's bias is < noise
+    [("pcnl", 0.15, 150), ("mala", 0.15, 150), ("hmc", 0.15, 20), ("langevin", 0.02, 400)],
+)
+def test_quadratic_heads_are_sampled_from_their_known_gaussian(toy, transition, step, steps):
     prior = quadratic_prior(toy)
-    step = 0.15 if transition == "pcnl" else 0.02  # small enough that Langevin's bias is < noise
-    steps = 150 if transition == "pcnl" else 400
     n = 4000
     eps = prior.sample_eps(
         n, steps, step, generator=torch.Generator().manual_seed(0), transition=transition
@@ -95,7 +98,19 @@ def test_quadratic_heads_are_sampled_from_their_known_gaussian(toy, transition):
     sd = covariance.diagonal().sqrt()
     assert ((z.mean(0) - mean) / sd).abs().max() < 5 / math.sqrt(n) + 0.01
     error = (z.T.cov() - covariance) / (sd[:, None] * sd)
-    assert error.abs().max() < 5 * math.sqrt(2 / n) + (0 if transition == "pcnl" else 0.03)
+    bias = 0.03 if transition == "langevin" else 0
+    assert error.abs().max() < 5 * math.sqrt(2 / n) + bias
+
+
+def test_stored_heads_keep_any_transition(toy, tmp_path):
+    for transition in TRANSITIONS:
+        sampler = SamplerConfig(transition, 7, 0.05)
+        prior = EnergyPrior.for_backbone(toy, nef=4, ndf=6, sampler=sampler)
+        prior.save_pretrained(tmp_path / transition)
+        again = EnergyPrior.from_pretrained(
+            tmp_path / transition, backbone=toy, check_backbone=False
+        )
+        assert again.sampler == sampler
 
 
 def test_sampling_is_reproducible_from_a_generator(toy):
@@ -108,7 +123,7 @@ def test_sampling_is_reproducible_from_a_generator(toy):
     assert draw(1).shape == (3, 1, 4, 4) and 0 <= draw(1).min() and draw(1).max() <= 1
 
 
-@pytest.mark.parametrize("transition", ["pcnl", "langevin"])
+@pytest.mark.parametrize("transition", TRANSITIONS)
 def test_sampling_works_in_inference_mode(toy, transition):
     prior = EnergyPrior.for_backbone(toy, heads="both", nef=4, ndf=6)
 
@@ -208,7 +223,7 @@ def test_sources_that_are_not_heads_are_refused(toy, tmp_path):
         EnergyPrior.from_pretrained(tmp_path, backbone=toy)
 
 
-@pytest.mark.parametrize("settings", [("pcnl", 0, 0.1), ("pcnl", 1, -1.0), ("hmc", 1, 0.1)])
+@pytest.mark.parametrize("settings", [("pcnl", 0, 0.1), ("pcnl", 1, -1.0), ("nuts", 1, 0.1)])
 def test_wrong_sampler_settings_are_refused(settings):
     with pytest.raises(EbmPriorError):
         SamplerConfig(*settings)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ebm_prior._version import __version__
+from ebm_prior.cli.chains import chains
 from ebm_prior.cli.demo import demo
 from ebm_prior.cli.evaluate import evaluate
 from ebm_prior.cli.fit import fit
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 for command in (
-    fit, sample, evaluate, likelihood, report, hierarchy, info, pretrain, push, pull,
+    fit, sample, evaluate, hierarchy, chains, likelihood, report, info, pretrain, push, pull,
     import_heads, demo,
 ):  # fmt: skip
     main.add_command(command)

@@ -119,7 +119,8 @@ def apply_preset(ctx: click.Context, _: click.Parameter, value: str | None) -> N
     type=click.Choice(["pcnl", "langevin"]),
     default="pcnl",
     show_default=True,
-    help="Metropolis-adjusted step with tuned size, or the paper's Langevin step.",
+    help="Metropolis-adjusted step with tuned size, or the paper's Langevin step; "
+    "fitted heads can be sampled with others too.",
 )
 @click.option(
     "--step-size",
@@ -279,7 +280,10 @@ def refuse_changes(ctx: click.Context, folder: Path, stored: dict) -> None:
 
 def absolute(source: str) -> str:
     """A data set's name as it is, a path in full."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
+    from ebm_prior.data import split_classes
+
+    path, _ = split_classes(source)
+    return str(Path(source).absolute()) if Path(path).exists() else source
 
 
 def newest_unfinished() -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.transitions import TRANSITIONS
 
 if TYPE_CHECKING:
     from ebm_prior.backbone import Backbone
@@ -157,18 +158,7 @@ class ChainChoice:
         backbone.readjust_batchnorm(self.temperature, generator=torch.Generator().manual_seed(0))
 
 
-chain_options = gathered(
-    "chain",
-    ChainChoice,
-    click.option("--steps", type=positive, help="Transitions [default: stored with the heads]."),
-    click.option(
-        "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
-    ),
-    click.option(
-        "--transition",
-        type=click.Choice(["langevin", "pcnl"]),
-        help="The paper's step, or the Metropolis-adjusted one [default: stored].",
-    ),
+sampling_options = (
     click.option(
         "--temperature",
         type=positive_float,
@@ -184,6 +174,20 @@ chain_options = gathered(
     click.option(
         "--batch-size", type=positive, default=100, show_default=True, help="Chains at a time."
     ),
+)
+chain_options = gathered(
+    "chain",
+    ChainChoice,
+    click.option("--steps", type=positive, help="Transitions [default: stored with the heads]."),
+    click.option(
+        "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
+    ),
+    click.option(
+        "--transition",
+        type=click.Choice(list(TRANSITIONS)),
+        help="The paper's step, or one that is Metropolis-adjusted [default: stored].",
+    ),
+    *sampling_options,
 )
 
 
@@ -229,7 +233,8 @@ data_options = gathered(
     click.option(
         "--data",
         metavar="DATA",
-        help="Data set name, or image folder, zip, .npz or LMDB [default: as the backbone].",
+        help="Data set name, or image folder, zip, .npz or LMDB; :0,1 after it keeps these "
+        "classes [default: as the backbone].",
     ),
     click.option("--resize", is_flag=True, help="Resize, crop or convert images that do not fit."),
 )

@@ -13,7 +13,12 @@ from ebm_prior.cli.options import device_option, seed_type
 
 @click.command()
 @click.option("--backbone", required=True, help="Backbone family, such as nvae.")
-@click.option("--data", required=True, metavar="DATA", help="Data set name or path.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="Data set name or path; :0,1 after it keeps these classes.",
+)
 @click.option("--out", required=True, metavar="DIR", help="Folder for the checkpoint.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted training in --out.")
 @click.option(
@@ -54,7 +59,10 @@ def pretrain(
         device=check_device(device),
         **values,
     )
-    click.echo(f"checkpoint -> {path}\nnext: ebm-prior fit --backbone {backbone} --ckpt {path}")
+    more = f" --data {data}" if data != images.name else ""
+    click.echo(
+        f"checkpoint -> {path}\nnext: ebm-prior fit --backbone {backbone} --ckpt {path}{more}"
+    )
 
 
 RESERVED = ("images", "out", "dataset", "resume", "seed", "device", "progress")

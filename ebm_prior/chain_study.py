@@ -1,0 +1,211 @@
+"""Long chains measured: does the energy settle, do images stay images, how fast do chains mix?
+
+A prior that is well learned has, long after the steps it was trained on, a steady energy and
+images that are neither saturated nor all alike (Sec. 5.4, Fig. 8). The same runs tell what a
+transition is worth: effective samples per gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from ebm_prior.chains import LongChains, long_chains
+from ebm_prior.diagnostics import Mixing
+from ebm_prior.metrics import FeatureNetwork, FeatureStatistics, frechet_distance
+from ebm_prior.prior import EnergyPrior, SamplerConfig
+
+__all__ = ["AT", "ChainStudy", "Pixels", "study"]
+
+AT = (0, 40, 100, 500, 2500)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What saturation looks like in numbers; 0 is black and 1 white.
+
+    Attributes:
+        extreme: Share of pixels that are black or white to 8 bits.
+        mean: Of all pixels.
+        std: Of all pixels.
+    """
+
+    extreme: float
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, images: Tensor) -> Pixels:
+        """Of uint8 images."""
+        x = images.double() / 255
+        extreme = ((images == 0) | (images == 255)).double().mean().item()
+        return cls(extreme, x.mean().item(), x.std().item())
+
+
+@dataclass(frozen=True, eq=False)
+class ChainStudy:
+    """Long chains of one or more transitions, measured.
+
+    Attributes:
+        runs: One per transition, all from the same noise.
+        frechet: Distance to the held-out images by step, one dictionary per run; empty
+            where there are none.
+        data: Pixels of the held-out images, where there are any.
+        reference_images: Their number.
+        features: Name of the feature network behind the distances.
+    """
+
+    runs: tuple[LongChains, ...]
+    frechet: tuple[dict[int, float], ...]
+    data: Pixels | None = None
+    reference_images: int = 0
+    features: str = ""
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON, a few kilobytes; None where a number does not exist."""
+        runs = []
+        for run, frechet in zip(self.runs, self.frechet, strict=True):
+            found = run.mixing()
+            runs.append(
+                {
+                    "sampler": asdict(run.config),
+                    "acceptance": run.acceptance,
+                    "settled_after": run.settled,
+                    "energy": run.energy_band(),
+                    "gradients_per_chain": run.gradients,
+                    "ess": {name: finite(m.ess) for name, m in found.items()},
+                    "ess_per_1000_gradients": {
+                        name: finite(rate) for name, rate in ess_rates(run, found).items()
+                    },
+                    "rhat": {name: finite(m.rhat) for name, m in found.items()},
+                    "at": [
+                        {"step": step, "frechet": frechet.get(step), **asdict(Pixels.of(x))}
+                        for step, x in run.images.items()
+                    ],
+                    "curve": run.curve(),
+                }
+            )
+        return {
+            "chains": self.runs[0].energy.shape[1],
+            "features": self.features or None,
+            "reference_images": self.reference_images,
+            "data": self.data and asdict(self.data),
+            "runs": runs,
+        }
+
+    def table(self) -> str:
+        """Two small tables for the terminal: the transitions, and the images by step."""
+        n = self.runs[0].energy.shape[1]
+        lines = [
+            f"{'transition':12}{'step size':>10}{'accepted':>10}{'mean energy':>18}{'drift':>8}"
+            f"{'R-hat':>8}{'ESS per 1000 gradients: E':>28}{'|eps|^2':>9}{'slowest':>9}"
+        ]
+        for run in self.runs:
+            found = run.mixing()
+            rates, band = ess_rates(run, found), run.energy_band()
+            lines.append(
+                f"{run.config.transition:12}{run.config.step_size:10.3g}{run.acceptance:10.3f}"
+                f"{band['low']:9.2f} ..{band['high']:6.2f}{band['drift']:8.2f}"
+                f"{max(m.rhat for m in found.values()):8.3f}{rates['energy']:28.2f}"
+                f"{rates['half norm']:9.2f}{min(rates.values()):9.2f}"
+            )
+        first = self.runs[0]
+        lines += [
+            f"({n} chains of {first.config.steps} steps, judged after step {first.settled}; "
+            "mean energy: its range over the steps; drift: its last quarter minus its first, in "
+            "standard deviations of E;",
+            "R-hat: the largest; slowest: the least ESS of all summaries)",
+        ]
+        if not first.images:
+            return "\n".join(lines)
+        lines += ["", f"{'images':20}{'Fréchet':>9}{'extreme':>9}{'mean':>8}{'std':>8}"]
+        rows = [
+            (f"{run.config.transition}, step {step}", frechet.get(step), Pixels.of(x))
+            for run, frechet in zip(self.runs, self.frechet, strict=True)
+            for step, x in run.images.items()
+        ]
+        if self.data is not None:
+            rows.append(("held-out images", None, self.data))
+        for label, distance, pixels in rows:
+            shown = "-" if distance is None else f"{distance:.2f}"
+            lines.append(
+                f"{label:20}{shown:>9}{pixels.extreme:9.3f}{pixels.mean:8.3f}{pixels.std:8.3f}"
+            )
+        tail = "extreme: share of pixels that are black or white to 8 bits"
+        if self.features:
+            tail += (
+                f"; Fréchet distance to {self.reference_images} held-out images; "
+                f"features: {self.features}"
+            )
+        return "\n".join([*lines, f"({tail})"])
+
+
+def ess_rates(run: LongChains, found: dict[str, Mixing]) -> dict[str, float]:
+    """Effective samples per 1000 gradients of each summary."""
+    total = run.gradients * run.energy.shape[1]
+    return {name: 1000 * m.ess / total for name, m in found.items()}
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON has, or None."""
+    return value if math.isfinite(value) else None
+
+
+def study(
+    prior: EnergyPrior,
+    seeds: Sequence[int],
+    configs: Sequence[SamplerConfig],
+    *,
+    at: Sequence[int] = AT,
+    reference: Tensor | None = None,
+    network: FeatureNetwork | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 100,
+) -> ChainStudy:
+    """Run long chains of each sampler from the same noise and measure them.
+
+    Args:
+        prior: Fitted heads.
+        seeds: One per chain.
+        configs: Samplers to compare; their steps may differ.
+        at: Steps whose images are kept and measured, as far as a chain goes.
+        reference: Held-out images, uint8, (M, C, H, W).
+        network: Feature network for Fréchet distances to these; needs two chains or more.
+        temperature: Multiplies every prior sigma.
+        batch_size: Chains run together; changes results by rounding only.
+    """
+    runs = tuple(
+        long_chains(
+            prior,
+            seeds,
+            config,
+            at=[step for step in at if step <= config.steps],
+            temperature=temperature,
+            batch_size=batch_size,
+        )
+        for config in configs
+    )
+    if reference is None:
+        return ChainStudy(runs, ({},) * len(runs))
+    data, count = Pixels.of(reference), len(reference)
+    if network is None:
+        return ChainStudy(runs, ({},) * len(runs), data, count)
+    want = FeatureStatistics.from_features(network(reference), network.name)
+    frechet: list[dict[int, float]] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for run in runs:
+            features = {step: network(x) for step, x in run.images.items()}
+            frechet.append(
+                {
+                    step: frechet_distance(want, FeatureStatistics.from_features(x, network.name))
+                    for step, x in features.items()
+                }
+            )
+    for message in sorted({str(warning.message) for warning in caught}):
+        warnings.warn(message, stacklevel=2)  # once, not for every step of every run
+    return ChainStudy(runs, tuple(frechet), data, count, network.name)

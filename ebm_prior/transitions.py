@@ -1,0 +1,47 @@
+"""The Markov transitions by name: the one place that says what each of them runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ebm_prior.backbone import Latents
+from ebm_prior.hmc import LEAPFROG, hmc, mala
+from ebm_prior.langevin import langevin, pcnl
+
+__all__ = ["FITTED", "TRANSITIONS", "Transition"]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One way to move a chain.
+
+    Attributes:
+        chain: Runs it: `chain(density, eps, steps=..., step_size=..., generator=...,
+            callback=...)`.
+        density: Method of `EnergyPrior` that it takes: the Metropolis-adjusted ones know the
+            Gaussian factor themselves and take the energy alone.
+        gradients: Of the energy, per transition.
+        target: Acceptance rate to tune the step size to; None where nothing is rejected.
+    """
+
+    chain: Callable[..., Latents]
+    density: Literal["log_density", "energy_of_noise"]
+    gradients: int = 1
+    target: float | None = None
+
+
+# Targets. mala: optimal as the dimension grows, Roberts and Rosenthal, 1998, J. R. Stat. Soc.
+# B 60(1). hmc: the optimum is 0.651 (Beskos et al., 2013, Bernoulli 19(5A)), and higher is
+# safer: 0.6 to 0.9 in Betancourt, Byrne and Girolami, 2014, https://arxiv.org/abs/1411.6669.
+# pcnl: no such theory, as its rate does not fall with the dimension; `FitConfig.acceptance`,
+# what heads are fitted with.
+TRANSITIONS = {
+    "langevin": Transition(langevin, "log_density"),
+    "mala": Transition(mala, "energy_of_noise", target=0.574),
+    "hmc": Transition(hmc, "energy_of_noise", gradients=LEAPFROG, target=0.7),
+    "pcnl": Transition(pcnl, "energy_of_noise", target=0.7),
+}
+FITTED = ("langevin", "pcnl")
+"""Those that heads can be fitted with."""
