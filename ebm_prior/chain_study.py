@@ -18,6 +18,7 @@ from ebm_prior.chains import LongChains, long_chains
 from ebm_prior.diagnostics import Mixing
 from ebm_prior.metrics import FeatureNetwork, FeatureStatistics, frechet_distance
 from ebm_prior.prior import EnergyPrior, SamplerConfig
+from ebm_prior.tables import Table
 
 __all__ = ["AT", "ChainStudy", "Pixels", "study"]
 
@@ -97,51 +98,68 @@ class ChainStudy:
             "runs": runs,
         }
 
-    def table(self) -> str:
-        """Two small tables for the terminal: the transitions, and the images by step."""
-        n = self.runs[0].energy.shape[1]
-        lines = [
-            f"{'transition':12}{'step size':>10}{'accepted':>10}{'mean energy':>18}{'drift':>8}"
-            f"{'R-hat':>8}{'ESS per 1000 gradients: E':>28}{'|eps|^2':>9}{'slowest':>9}"
-        ]
+    def tables(self) -> tuple[Table, ...]:
+        """The transitions, and the images by step."""
+        n, first = self.runs[0].energy.shape[1], self.runs[0]
+        rows = []
         for run in self.runs:
             found = run.mixing()
             rates, band = ess_rates(run, found), run.energy_band()
-            lines.append(
-                f"{run.config.transition:12}{run.config.step_size:10.3g}{run.acceptance:10.3f}"
-                f"{band['low']:9.2f} ..{band['high']:6.2f}{band['drift']:8.2f}"
-                f"{max(m.rhat for m in found.values()):8.3f}{rates['energy']:28.2f}"
-                f"{rates['half norm']:9.2f}{min(rates.values()):9.2f}"
+            rows.append(
+                (
+                    run.config.transition,
+                    f"{run.config.step_size:.3g}",
+                    f"{run.acceptance:.3f}",
+                    f"{band['low']:.2f} .. {band['high']:.2f}",
+                    f"{band['drift']:.2f}",
+                    f"{max(m.rhat for m in found.values()):.3f}",
+                    f"{rates['energy']:.2f}",
+                    f"{rates['half norm']:.2f}",
+                    f"{min(rates.values()):.2f}",
+                )
             )
-        first = self.runs[0]
-        lines += [
-            f"({n} chains of {first.config.steps} steps, judged after step {first.settled}; "
-            "mean energy: its range over the steps; drift: its last quarter minus its first, in "
-            "standard deviations of E;",
-            "R-hat: the largest; slowest: the least ESS of all summaries)",
-        ]
+        transitions = Table(
+            f"{n} chains of {first.config.steps} steps, judged after step {first.settled}",
+            ("transition", "step size", "accepted", "mean energy", "drift", "R-hat", "ESS of E",
+             "of |eps|^2", "slowest"),
+            rows,
+            "Mean energy: its range over the steps, nats; drift: its last quarter minus its "
+            "first, in standard deviations of E; R-hat: the largest of all summaries; ESS per "
+            "1000 gradients, slowest: the least of all summaries.",
+        )  # fmt: skip
         if not first.images:
-            return "\n".join(lines)
-        lines += ["", f"{'images':20}{'Fréchet':>9}{'extreme':>9}{'mean':>8}{'std':>8}"]
-        rows = [
+            return (transitions,)
+        shown = [
             (f"{run.config.transition}, step {step}", frechet.get(step), Pixels.of(x))
             for run, frechet in zip(self.runs, self.frechet, strict=True)
             for step, x in run.images.items()
         ]
         if self.data is not None:
-            rows.append(("held-out images", None, self.data))
-        for label, distance, pixels in rows:
-            shown = "-" if distance is None else f"{distance:.2f}"
-            lines.append(
-                f"{label:20}{shown:>9}{pixels.extreme:9.3f}{pixels.mean:8.3f}{pixels.std:8.3f}"
-            )
-        tail = "extreme: share of pixels that are black or white to 8 bits"
+            shown.append(("held-out images", None, self.data))
+        note = "Extreme: share of pixels that are black or white to 8 bits."
         if self.features:
-            tail += (
-                f"; Fréchet distance to {self.reference_images} held-out images; "
-                f"features: {self.features}"
+            note += (
+                f" Fréchet distance to {self.reference_images} held-out images; features: "
+                f"{self.features}."
             )
-        return "\n".join([*lines, f"({tail})"])
+        images = Table(
+            "Images along the way",
+            ("", "Fréchet", "extreme", "mean", "std"),
+            [
+                (
+                    label,
+                    "-" if distance is None else f"{distance:.2f}",
+                    *(f"{value:.3f}" for value in (pixels.extreme, pixels.mean, pixels.std)),
+                )
+                for label, distance, pixels in shown
+            ],
+            note,
+        )
+        return transitions, images
+
+    def table(self) -> str:
+        """Small tables for the terminal."""
+        return "\n\n".join(table.text() for table in self.tables())
 
 
 def ess_rates(run: LongChains, found: dict[str, Mixing]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.langevin import ChainState, flatten, pcnl_start, pcnl_step
+from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
 from ebm_prior.prior import EnergyPrior, frozen
 
 __all__ = ["ENOUGH", "Partition", "log_mean_exp", "log_partition", "stream"]
@@ -167,7 +167,7 @@ def start(
 ) -> tuple[ChainState, Callable]:
     """States of chains at N(0, I), with energy and gradient at beta = 1."""
     flat, unflatten = flatten(prior.noise(n or len(generators), generators))
-    state = pcnl_start(prior.energy_of_noise, flat, unflatten)
+    state = start_chain(prior.energy_of_noise, flat, unflatten)
     if not state.energy.isfinite().all():
         raise EbmPriorError(
             "ln Z needs finite energies, but those of some draws from N(0, I) are not: "

@@ -228,7 +228,10 @@ def test_command_records_what_it_prints(chains, folder, tmp_path):
     assert found["features"] and found["reference_images"] == 20
     pictures = found.pop("pictures")
     stored = json.loads((folder / "heads/config.json").read_text())["training"]["chains"]
+    tables, captions = stored.pop("tables"), stored.pop("pictures")
     assert stored == found and len(json.dumps(stored)) < 60_000
+    assert len(tables) == 2 and all(captions.values())
+    assert captions.keys() == {picture.rpartition("/")[2] for picture in pictures}
     for picture in pictures:
         name = picture.rpartition("/")[2]
         content = (folder / "heads/results" / name).read_bytes()

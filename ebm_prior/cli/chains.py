@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from ebm_prior.prior import EnergyPrior, SamplerConfig
 
 IMAGES, PROFILE, LATENTS = "chains.png", "chains-energy.png", "chains-latents.png"
+CAPTIONS = {
+    IMAGES: "The same chains along their way: each column is one.",
+    PROFILE: "Energy along the chains: median and 5-95 % band.",
+    LATENTS: "Groups of two units: posterior of held-out images, and chains along their way.",
+}
 
 
 @click.command()
@@ -117,6 +122,7 @@ def chains(
     from ebm_prior.images import png_bytes
     from ebm_prior.metrics import load_features
     from ebm_prior.plots import png
+    from ebm_prior.record import Picture
     from ebm_prior.record import record as store
 
     heads.check_record(record)
@@ -153,7 +159,8 @@ def chains(
         write_bytes(Path(out) / name, content)
     found = result.to_dict() | {"seed": seed, "temperature": chain.temperature}
     if record:
-        store(folder, "chains", found, pictures)
+        shown = {name: Picture(content, CAPTIONS[name]) for name, content in pictures.items()}
+        store(folder, "chains", found, result.tables(), shown)
     if as_json:
         click.echo(json.dumps(found | {"pictures": [str(Path(out) / name) for name in pictures]}))
     else:
