@@ -15,6 +15,7 @@ from ebm_prior.cli.hierarchy import hierarchy
 from ebm_prior.cli.hub import pull, push
 from ebm_prior.cli.import_heads import import_heads
 from ebm_prior.cli.info import info
+from ebm_prior.cli.ood import ood
 from ebm_prior.cli.pretrain import pretrain
 from ebm_prior.cli.sample import sample
 from ebm_prior.cpu import keep_freed_memory
@@ -85,6 +86,6 @@ def main() -> None:
 
 
 for command in (
-    fit, sample, evaluate, hierarchy, info, pretrain, push, pull, import_heads, demo,
+    fit, sample, evaluate, hierarchy, ood, info, pretrain, push, pull, import_heads, demo,
 ):  # fmt: skip
     main.add_command(command)

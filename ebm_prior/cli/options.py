@@ -121,15 +121,12 @@ heads_options = gathered(
 
 
 @dataclass(frozen=True)
-class ChainChoice:
-    """How to run the chains."""
+class SamplerChoice:
+    """Which transition, how often and how far."""
 
     steps: int | None
     step_size: float | None
     transition: str | None
-    temperature: float
-    readjust_bn: bool
-    batch_size: int
 
     def config(self, prior: EnergyPrior) -> SamplerConfig:
         """The settings stored with the heads, with the given ones in their place."""
@@ -146,6 +143,15 @@ class ChainChoice:
             self.step_size or stored.step_size,
         )
 
+
+@dataclass(frozen=True)
+class ChainChoice(SamplerChoice):
+    """How to run the chains."""
+
+    temperature: float
+    readjust_bn: bool
+    batch_size: int
+
     def readjust(self, backbone: Backbone) -> None:
         """Adjust batch-norm statistics where asked for and possible."""
         if not self.readjust_bn:
@@ -157,9 +163,7 @@ class ChainChoice:
         backbone.readjust_batchnorm(self.temperature, generator=torch.Generator().manual_seed(0))
 
 
-chain_options = gathered(
-    "chain",
-    ChainChoice,
+SAMPLER = (
     click.option("--steps", type=positive, help="Transitions [default: stored with the heads]."),
     click.option(
         "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
@@ -169,6 +173,12 @@ chain_options = gathered(
         type=click.Choice(["langevin", "pcnl"]),
         help="The paper's step, or the Metropolis-adjusted one [default: stored].",
     ),
+)
+sampler_options = gathered("sampler", SamplerChoice, *SAMPLER)
+chain_options = gathered(
+    "chain",
+    ChainChoice,
+    *SAMPLER,
     click.option(
         "--temperature",
         type=positive_float,
