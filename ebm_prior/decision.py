@@ -45,8 +45,8 @@ from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 
 __all__ = [
-    "METHODS", "Terms", "Upper", "compute_terms", "default_k", "infer_upper", "parse_k",
-    "score_images",
+    "METHODS", "Terms", "Upper", "compute_terms", "default_k", "draw_noise", "draw_pixels",
+    "infer_upper", "parse_k", "score_images",
 ]  # fmt: skip
 
 METHODS = {
@@ -192,19 +192,28 @@ def score_images(
     with tqdm(total=total, desc=f"scoring {name}", unit="step", disable=None, delay=1) as bar:
         for first in range(0, len(seeds), batch_size):
             own = seeds[first : first + batch_size]
-            pixels = [
-                stream.pictures(torch.tensor([first + i]), torch.Generator().manual_seed(seed))
-                for i, seed in enumerate(own)
-            ]
-            drawn = [
-                score_draw(prior, torch.cat(pixels), own, s, ks, config, bar.update)
-                for s in range(samples)
-            ]
+            x = draw_pixels(stream, first, own)
+            drawn = [score_draw(prior, x, own, s, ks, config, bar.update) for s in range(samples)]
             for method, values in parts.items():
                 for k, found in values.items():
                     draws = torch.stack([draw[method][k] for draw in drawn]).double().cpu()
                     found.append(combine(draws, method))
     return {m: {k: torch.cat(found) for k, found in v.items()} for m, v in parts.items()}
+
+
+def draw_pixels(stream: PosteriorStream, first: int, seeds: Sequence[int]) -> Tensor:
+    """Images from row `first` on, as the backbone takes them, each drawn by its own seed."""
+    return torch.cat(
+        [
+            stream.pictures(torch.tensor([first + i]), torch.Generator().manual_seed(seed))
+            for i, seed in enumerate(seeds)
+        ]
+    )
+
+
+def draw_noise(prior: EnergyPrior, seeds: Sequence[int], draw: int) -> Latents:
+    """Noise of q(z|x) for one importance sample of each image."""
+    return prior.noise(len(seeds), [redraw_generator(seed, draw) for seed in seeds])
 
 
 def combine(draws: Tensor, method: str) -> Tensor:
@@ -225,7 +234,7 @@ def score_draw(
 ) -> dict[str, dict[int, Tensor]]:
     """One importance sample of every method and k."""
     found: dict[str, dict[int, Tensor]] = {method: {} for method in METHODS}
-    noise = prior.noise(len(x), [redraw_generator(seed, draw) for seed in seeds])
+    noise = draw_noise(prior, seeds, draw)
     names = [group.name for group in prior.backbone.groups]
 
     def count(info: StepInfo) -> None:

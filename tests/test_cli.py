@@ -65,7 +65,7 @@ def _inside(world, monkeypatch):
     monkeypatch.chdir(world)
 
 
-VERBS = ["fit", "sample", "evaluate", "hierarchy", "ood", "info", "pretrain"]
+VERBS = ["fit", "sample", "evaluate", "hierarchy", "ood", "anomaly", "info", "pretrain"]
 VERBS += ["push", "pull", "import", "demo"]
 
 

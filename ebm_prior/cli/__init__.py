@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ebm_prior._version import __version__
+from ebm_prior.cli.anomaly import anomaly
 from ebm_prior.cli.demo import demo
 from ebm_prior.cli.evaluate import evaluate
 from ebm_prior.cli.fit import fit
@@ -86,6 +87,6 @@ def main() -> None:
 
 
 for command in (
-    fit, sample, evaluate, hierarchy, ood, info, pretrain, push, pull, import_heads, demo,
+    fit, sample, evaluate, hierarchy, ood, anomaly, info, pretrain, push, pull, import_heads, demo,
 ):  # fmt: skip
     main.add_command(command)
