@@ -17,6 +17,7 @@ Reference: Zenati et al., 2018, https://arxiv.org/abs/1802.06222
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -204,7 +205,8 @@ def run_digit(
     split = hold_out(whole, digit, config.seed, config.number)
     tqdm.write(
         f"held out {digit}: {len(split.train)} training images, {len(split.test)} test images, "
-        f"{int(split.anomalous.sum())} of them anomalies -> {out}"
+        f"{int(split.anomalous.sum())} of them anomalies -> {out}",
+        file=sys.stderr,
     )
     try:
         backbone = pretrained(split.train, whole.name, config, out, device)
