@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from ebm_prior.decision import METHODS, default_k, score_images
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.plots import ENERGY, GAUSSIAN, new_figure, png
 from ebm_prior.prior import EnergyPrior, SamplerConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Detection", "Outliers", "detect_outliers", "metrics"]
 
@@ -191,12 +195,7 @@ class Outliers:
                     axis.set_axis_off()
                     continue
                 pair = [s if ratio else -s for s in self.score(method, k, ratio)]
-                pair = [values[values.isfinite()].numpy() for values in pair]
-                edges = np.histogram_bin_edges(np.concatenate(pair), BINS)
-                for values, name, colour in zip(pair, self.names, (GAUSSIAN, ENERGY), strict=True):
-                    if len(values):
-                        options = {"density": True, "alpha": 0.6, "color": colour}
-                        axis.hist(values, edges, label=name, **options)
+                draw_histograms(axis, pair, self.names)
                 found = shown[method, k, ratio]
                 title = f"{METHODS[method]}, {found.label}"
                 if found.auroc is not None:
@@ -207,6 +206,19 @@ class Outliers:
             axis.set_xlabel("nats")
         axes[0, 0].legend(fontsize=7)
         return png(figure)
+
+
+def draw_histograms(axis: Axes, pair: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Densities of finite scores; the outermost bins hold the hundredth that lies beyond."""
+    arrays = [values[values.isfinite()].numpy() for values in pair]
+    if not len(joined := np.concatenate(arrays)):
+        return
+    ends = np.percentile(joined, [0.5, 99.5])
+    edges = np.histogram_bin_edges(joined.clip(*ends), BINS)
+    for values, name, colour in zip(arrays, names, (GAUSSIAN, ENERGY), strict=True):
+        if len(values):
+            options = {"density": True, "alpha": 0.6, "color": colour}
+            axis.hist(values.clip(*ends), edges, label=name, **options)
 
 
 def detect_outliers(

@@ -340,6 +340,7 @@ def test_scores_that_are_not_finite_are_named(staged):
     assert "-" in result.table() and first in result.table()
     text = json.dumps(result.to_dict() | result.scores_dict(), allow_nan=False)
     assert "null" in text
+    result.inside["log_posterior"][1][:] = result.outside["log_posterior"][1][:] = math.nan
     assert result.plot().startswith(b"\x89PNG")
 
 
