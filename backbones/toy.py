@@ -96,6 +96,13 @@ class ToyBackbone(Backbone):
         self.check_latents(z, "z")
         return z[0], (z[1] - z[0] @ self.A.T - self.a) / self.s
 
+    def log_prior(self, z: Sequence[Tensor]) -> Tensor:
+        """Log p(z_2), log p(z_1 | z_2): (B, 2), nats."""
+        self.check_latents(z, "z")
+        top = torch.distributions.Normal(0.0, 1.0).log_prob(z[0])
+        bottom = torch.distributions.Normal(z[0] @ self.A.T + self.a, self.s).log_prob(z[1])
+        return torch.stack([top.sum(1), bottom.sum(1)], 1)
+
     def prior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of (z_2, z_1) under the Gaussian prior."""
         eye = torch.eye(self.A.shape[1], dtype=self.A.dtype)
@@ -142,12 +149,7 @@ class ToyBackbone(Backbone):
             z.append(mu + noise[i] @ root.T)
             normal = torch.distributions.MultivariateNormal(mu, scale_tril=root)
             log_q.append(normal.log_prob(z[i]))
-        prior_z1 = torch.distributions.Normal(z[0] @ self.A.T + self.a, self.s)
-        log_p = [
-            torch.distributions.Normal(0.0, 1.0).log_prob(z[0]).sum(1),
-            prior_z1.log_prob(z[1]).sum(1),
-        ]
-        return Posterior(tuple(z), torch.stack(log_q, 1), torch.stack(log_p, 1))
+        return Posterior(tuple(z), torch.stack(log_q, 1), self.log_prior(z))
 
     def features(self, z: Sequence[Tensor]) -> Tensor:
         """Both groups side by side, (B, D2 + D1)."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from backbones.stages import StagedBackbone
-from backbones.stages.network import Draw, log_normal
+from backbones.stages.network import log_normal
+from ebm_prior.decision import infer_upper
 
 NOT_COMPARED = ("eps", "eps_q", "w", "x")  # inputs
 
@@ -65,27 +66,17 @@ def compute(backbone: StagedBackbone, given: dict[str, Tensor]) -> dict[str, Ten
 def skipping(
     backbone: StagedBackbone, x: Tensor, noise: list[Tensor], k: int
 ) -> dict[str, Tensor]:
-    """L>k: the k lowest stages' posterior means on the way up, their prior means down."""
-    skipped = [int(group.name[1]) <= k for group in backbone.groups]
-    noise = [n * 0 if skip else n for n, skip in zip(noise, skipped, strict=True)]
-    up = backbone.infer(x, noise)
-
-    def choose(i: int, *rest) -> Draw:  # noqa: ANN002
-        return Draw(rest[-1][0] if skipped[i] else up[i].z, rest[-1])
-
-    down, state = backbone.network.descend(choose, up[0].z, "decoder")
-    px = backbone.likelihood(backbone.network.image_parameters(state, backbone.padding))
+    """L>k and its parts; the reference's k counts stages, and a stage may have two groups."""
+    groups = sum(int(group.name[1]) <= k for group in backbone.groups)
+    upper = infer_upper(backbone, x, noise, groups)
+    z = upper.complete(backbone)
+    px = backbone.decode(z)
+    log_px = px.log_prob(x)
     out = {f"x_params_k{k}{name}": value for name, value in _parts(px).items()}
-    log_px = out[f"log_px_k{k}"] = px.log_prob(x)
-    total = torch.zeros_like(log_px)
-    for i, draw in enumerate(down):
-        number = len(down) - 1 - i
-        out[f"z_k{k}.{number}"] = draw.z
-        if not skipped[i]:
-            kl = log_normal(draw.z, up[i].q) - log_normal(draw.z, draw.p)
-            out[f"kl_k{k}.{number}"] = kl
-            total = total + kl
-    out[f"elbo_k{k}"] = log_px - total
+    last = len(backbone.groups) - 1
+    out |= {f"z_k{k}.{last - i}": value for i, value in enumerate(z)}
+    out |= {f"kl_k{k}.{last - i}": value for i, value in enumerate(upper.log_ratio.unbind(1))}
+    out |= {f"log_px_k{k}": log_px, f"elbo_k{k}": log_px - upper.log_ratio.sum(1)}
     return out
 
 

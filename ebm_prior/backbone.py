@@ -12,6 +12,7 @@ behind the five methods below; everything else in the package works on these alo
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -162,6 +163,28 @@ class Backbone(nn.Module, abc.ABC):
         """`posterior(x, noise).z` and `features` together; override as `top_down`."""
         z = self.posterior(x, noise=noise).z
         return z, self.features(z)
+
+    def log_prior(self, z: Sequence[Tensor]) -> Tensor:
+        """Log p(z_i | z_>i) of any latents, summed over units: (B, L), nats; no gradient.
+
+        This default asks nothing but T and T^-1 of an adapter. As z_i = mu_i + sigma_i eps_i
+        unit by unit, with mu_i and sigma_i functions of the groups above, sigma_i is the
+        derivative of the sum of z_i with respect to eps_i, so
+
+            log p(z_i | z_>i) = sum over units of -eps_i^2 / 2 - log(dz_i/deps_i) - log(2 pi) / 2
+
+        at the price of one pass each of T^-1 and T; override it where the moments are at hand.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            # clones, as inference tensors know no gradient
+            eps = [e.detach().clone().requires_grad_() for e in self.inverse([*z])]
+            drawn = self.transform(eps)
+            log_p = []
+            for e, value in zip(eps, drawn, strict=True):
+                (sigma,) = torch.autograd.grad(value.sum(), e, retain_graph=True)
+                density = -0.5 * e.detach().square() - sigma.log() - 0.5 * math.log(2 * math.pi)
+                log_p.append(density.flatten(1).sum(1))
+        return torch.stack(log_p, 1)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: a backbone is frozen, whatever contains it is doing."""

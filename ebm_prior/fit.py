@@ -184,6 +184,7 @@ def fit(
     run_dir: str | Path,
     resume: bool = False,
     record: dict | None = None,
+    on_save: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Fit the heads of `prior` in place and keep a run folder.
 
@@ -195,6 +196,8 @@ def fit(
         run_dir: Run folder to create, or to continue with `resume`.
         resume: Continue an interrupted run; on the CPU to the bit-identical result.
         record: More values for `config.json` (command, data set, ...).
+        on_save: Called every `save_every` iterations with the iterations done; `prior` then
+            holds the averaged heads.
 
     Returns:
         What was measured; `prior` then holds the kept heads and the tuned sampler.
@@ -217,7 +220,7 @@ def fit(
     if len(images) < 10:
         raise EbmPriorError(f"{len(images)} images are too few to fit on; give at least 10")
     run = RunFolder(run_dir)
-    fitting = _Fit(prior, config, run, record or {})
+    fitting = _Fit(prior, config, run, record or {}, on_save)
     if not resume:
         run.start(fitting.describe("running"))
     with CtrlC() as ctrl_c:
@@ -228,9 +231,11 @@ class _Fit:
     """State of one fit; `capture` and `restore` hold all of it that changes."""
 
     def __init__(
-        self, prior: EnergyPrior, config: FitConfig, run: RunFolder, record: dict
-    ) -> None:
+        self, prior: EnergyPrior, config: FitConfig, run: RunFolder, record: dict,
+        on_save: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         self.prior, self.config, self.run, self.record = prior, config, run, record
+        self.on_save = on_save
         self.phases = OBJECTIVES[config.objective]
         self.parameters = list(prior.heads.parameters())
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -358,6 +363,7 @@ class _Fit:
                     self.judge()
                 if saving:
                     self.save()
+                    self.show_average()
                 if self.config.sample_every and self.total % self.config.sample_every == 0:
                     self.sample_grid()
                     began = time.monotonic()
@@ -662,6 +668,14 @@ class _Fit:
             self.load_parameters(kept)
         self.run.save_heads(hub.heads_bytes(self.prior))
         self.load_parameters(own)
+
+    def show_average(self) -> None:
+        """Call `on_save` with the averaged heads in place."""
+        if self.on_save is not None:
+            own = [p.detach().clone() for p in self.parameters]
+            self.load_parameters(self.average)
+            self.on_save(self.total)
+            self.load_parameters(own)
 
     @torch.no_grad()
     def load_parameters(self, values: list[Tensor]) -> None:

@@ -384,7 +384,7 @@ def explore(
     return Hierarchy(*given, tuple(found))
 
 
-def redraw_generator(seed: int, j: int) -> torch.Generator:
-    """Generator of redraw j of the sample with this seed."""
-    state = np.random.SeedSequence((seed, j)).generate_state(1, np.uint64)
+def redraw_generator(seed: int, *draw: int) -> torch.Generator:
+    """Generator of one draw, named by one or more numbers, of the sample with this seed."""
+    state = np.random.SeedSequence((seed, *draw)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

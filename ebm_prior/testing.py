@@ -170,7 +170,7 @@ def agrees_with_itself(backbone: Backbone, tolerance: float) -> None:
 
 
 def has_gaussian_prior(backbone: Backbone, tolerance: float) -> None:
-    """log_p is the Gaussian whose mean and sigma T itself applies (Eq. 2 and 29)."""
+    """log_p and log_prior are the Gaussian whose mean and sigma T itself applies (Eq. 2, 29)."""
     post = backbone.posterior(images(backbone), noise=noise(backbone))
     eps = backbone.inverse(post.z)
     for i, e in enumerate(eps):
@@ -183,6 +183,7 @@ def has_gaussian_prior(backbone: Backbone, tolerance: float) -> None:
             (-0.5 * e.square() - sigma.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
         )
         close(post.log_p[:, i], expected, 10 * tolerance, f"log_p of group {i}")
+    close(backbone.log_prior(post.z), post.log_p, 10 * tolerance, "log_prior")
 
 
 def has_exact_score(backbone: Backbone, tolerance: float) -> None:

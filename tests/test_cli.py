@@ -65,8 +65,8 @@ def _inside(world, monkeypatch):
     monkeypatch.chdir(world)
 
 
-VERBS = ["fit", "sample", "evaluate", "hierarchy", "chains", "likelihood", "report", "info"]
-VERBS += ["pretrain", "push", "pull", "import", "demo"]
+VERBS = ["fit", "sample", "evaluate", "hierarchy", "ood", "anomaly", "chains", "likelihood"]
+VERBS += ["report", "info", "pretrain", "push", "pull", "import", "demo"]
 
 
 @pytest.mark.parametrize("command", ["", *VERBS])

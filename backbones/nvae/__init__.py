@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backbones.nvae.checkpoint import PADDED, Checkpoint, read_checkpoint
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce_bits
-from backbones.nvae.network import TOP_SIGMA, GroupPosterior, Network
+from backbones.nvae.network import TOP_SIGMA, GroupPosterior, Network, log_normal
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.likelihoods import BernoulliLikelihood, BinomialLikelihood
@@ -124,6 +124,11 @@ class NVAEBackbone(Backbone):
         """T^-1: (z_i - mu_i(z_>i)) / sigma_i(z_>i)."""
         moments = self.prior_parameters(z)
         return tuple((v - mu) / sigma for v, (mu, sigma) in zip(z, moments, strict=True))
+
+    def log_prior(self, z: Sequence[Tensor]) -> Tensor:
+        """Log p(z_i | z_>i) of any latents: (B, L), nats."""
+        moments = self.prior_parameters(z)
+        return torch.stack([log_normal(v, *p) for v, p in zip(z, moments, strict=True)], 1)
 
     def posterior(
         self,

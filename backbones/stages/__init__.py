@@ -87,6 +87,11 @@ class StagedBackbone(Backbone):
         moments = self.prior_parameters(z)
         return tuple((v - mu) / sigma for v, (mu, sigma) in zip(z, moments, strict=True))
 
+    def log_prior(self, z: Sequence[Tensor]) -> Tensor:
+        """Log p(z_i | z_>i) of any latents: (B, L), nats."""
+        moments = self.prior_parameters(z)
+        return torch.stack([log_normal(v, p) for v, p in zip(z, moments, strict=True)], 1)
+
     def posterior(
         self,
         x: Tensor,

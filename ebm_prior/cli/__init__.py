@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ebm_prior._version import __version__
+from ebm_prior.cli.anomaly import anomaly
 from ebm_prior.cli.chains import chains
 from ebm_prior.cli.demo import demo
 from ebm_prior.cli.evaluate import evaluate
@@ -17,6 +18,7 @@ from ebm_prior.cli.hub import pull, push
 from ebm_prior.cli.import_heads import import_heads
 from ebm_prior.cli.info import info
 from ebm_prior.cli.likelihood import likelihood
+from ebm_prior.cli.ood import ood
 from ebm_prior.cli.pretrain import pretrain
 from ebm_prior.cli.report import report
 from ebm_prior.cli.sample import sample
@@ -88,7 +90,7 @@ def main() -> None:
 
 
 for command in (
-    fit, sample, evaluate, hierarchy, chains, likelihood, report, info, pretrain, push, pull,
-    import_heads, demo,
+    fit, sample, evaluate, hierarchy, ood, anomaly, chains, likelihood, report, info, pretrain,
+    push, pull, import_heads, demo,
 ):  # fmt: skip
     main.add_command(command)

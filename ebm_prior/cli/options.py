@@ -122,15 +122,12 @@ heads_options = gathered(
 
 
 @dataclass(frozen=True)
-class ChainChoice:
-    """How to run the chains."""
+class SamplerChoice:
+    """Which transition, how often and how far."""
 
     steps: int | None
     step_size: float | None
     transition: str | None
-    temperature: float
-    readjust_bn: bool
-    batch_size: int
 
     def config(self, prior: EnergyPrior) -> SamplerConfig:
         """The settings stored with the heads, with the given ones in their place."""
@@ -147,6 +144,15 @@ class ChainChoice:
             self.step_size or stored.step_size,
         )
 
+
+@dataclass(frozen=True)
+class ChainChoice(SamplerChoice):
+    """How to run the chains."""
+
+    temperature: float
+    readjust_bn: bool
+    batch_size: int
+
     def readjust(self, backbone: Backbone) -> None:
         """Adjust batch-norm statistics where asked for and possible."""
         if not self.readjust_bn:
@@ -158,6 +164,17 @@ class ChainChoice:
         backbone.readjust_batchnorm(self.temperature, generator=torch.Generator().manual_seed(0))
 
 
+SAMPLER = (
+    click.option("--steps", type=positive, help="Transitions [default: stored with the heads]."),
+    click.option(
+        "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
+    ),
+    click.option(
+        "--transition",
+        type=click.Choice(list(TRANSITIONS)),
+        help="The paper's step, or one that is Metropolis-adjusted [default: stored].",
+    ),
+)
 sampling_options = (
     click.option(
         "--temperature",
@@ -175,18 +192,11 @@ sampling_options = (
         "--batch-size", type=positive, default=100, show_default=True, help="Chains at a time."
     ),
 )
+sampler_options = gathered("sampler", SamplerChoice, *SAMPLER)
 chain_options = gathered(
     "chain",
     ChainChoice,
-    click.option("--steps", type=positive, help="Transitions [default: stored with the heads]."),
-    click.option(
-        "--step-size", type=positive_float, help="Step size [default: stored with the heads]."
-    ),
-    click.option(
-        "--transition",
-        type=click.Choice(list(TRANSITIONS)),
-        help="The paper's step, or one that is Metropolis-adjusted [default: stored].",
-    ),
+    *SAMPLER,
     *sampling_options,
 )
 
