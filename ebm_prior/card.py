@@ -91,7 +91,11 @@ def _evaluation(config: dict) -> dict | None:
                 return None
         if not isinstance(found["gap_closed"], float):
             return None
-        if not all(is_text(found.get(key) or "") for key in ("data", "features_option")):
+        if not all(
+            is_text(found.get(key) or "") for key in ("data", "features_option", "reference")
+        ):
+            return None
+        if not isinstance(found.get("runs", []), list):
             return None
     except (KeyError, TypeError):
         return None
@@ -227,12 +231,15 @@ def _results(config: dict) -> str:
     data = found.get("data") or config["backbone"].get("dataset") or "the data set"
     held_out = found.get("reference_images")
     against = f"{held_out} held-out images of {data}" if held_out else f"held-out images of {data}"
+    if found.get("reference"):
+        against = f"the statistics in `{found['reference']}` ({held_out} images)"
+    runs = f" Means of {len(found['runs'])} runs." if found.get("runs") else ""
     return "\n".join(
         [
             "## Results",
             "",
             f"Against {against}, on the features of: {energy['features']}. Distances compare",
-            "only on the same features and with as many samples.",
+            f"only on the same features and with as many samples.{runs}",
             "",
             "| | Fréchet distance | precision | recall | samples |",
             "|---|---|---|---|---|",
@@ -317,6 +324,10 @@ def evaluate_command(config: dict, repo_id: str) -> str:
         args += ["--data", str(found["data"])]
     if found.get("features_option"):
         args += ["--features", str(found["features_option"])]
+    if found.get("reference"):
+        args += ["--reference", str(found["reference"])]
+    if found.get("runs"):
+        args += ["--repeats", str(len(found["runs"]))]
     used = found.get("sampler")
     if isinstance(used, dict) and used != stored:
         for option, key in (

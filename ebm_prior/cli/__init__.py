@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -43,7 +44,9 @@ class Cli(click.Group):
         debug = len(args) < len(given)
         args = args or ["--help"]
         try:
-            code = super().main(args, standalone_mode=False, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                code = super().main(args, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)
         except click.ClickException as error:
             message, code = error.format_message(), error.exit_code
@@ -70,6 +73,11 @@ class Cli(click.Group):
             code = 1
         click.echo(f"Error: {' '.join(message.split())}", err=True)
         sys.exit(code)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning is one line, without the place in the code that it comes from."""
+    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
