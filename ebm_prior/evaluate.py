@@ -154,7 +154,7 @@ def quality_table(rows: dict[str, Sequence[SampleQuality]]) -> str:
 def _cell(values: Sequence[float | None], digits: int) -> str:
     if values[0] is None:
         return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
+    mean = f"{round(statistics.fmean(values), digits) + 0.0:.{digits}f}"  # no -0.00
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -45,7 +46,7 @@ class Cli(click.Group):
         args = args or ["--help"]
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _warn
+                warnings.showwarning = _one_line_each()
                 code = super().main(args, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)
         except click.ClickException as error:
@@ -75,9 +76,17 @@ class Cli(click.Group):
         sys.exit(code)
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning is one line, without the place in the code that it comes from."""
-    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+def _one_line_each() -> Callable[..., None]:
+    """Shows each warning once, as one line without the place in the code it comes from."""
+    shown = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = f"Warning: {' '.join(str(message).split())}"
+        if line not in shown:
+            click.echo(line, err=True)
+        shown.add(line)
+
+    return show
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})

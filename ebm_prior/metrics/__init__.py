@@ -16,7 +16,7 @@ from torch import Tensor
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.metrics.features import FeatureNetwork, load_features
 from ebm_prior.metrics.frechet import FeatureStatistics, StatisticsBuilder, frechet_distance
-from ebm_prior.metrics.inception_score import InceptionScore, inception_score
+from ebm_prior.metrics.inception import InceptionScore, inception_score
 from ebm_prior.metrics.manifold import (
     MIN_IMAGES,
     Manifold,
@@ -24,7 +24,7 @@ from ebm_prior.metrics.manifold import (
     class_counts,
     class_entropy,
     entropy_of_counts,
-    manifold,
+    manifold_overlap,
     precision_recall,
 )
 
@@ -42,7 +42,7 @@ __all__ = [
     "gap_closed",
     "inception_score",
     "load_features",
-    "manifold",
+    "manifold_overlap",
     "precision_recall",
 ]
 
@@ -60,7 +60,7 @@ class SampleQuality:
             the data.
         n: Number of samples.
         features: Name of the feature network; belongs next to every number.
-        density: Mean number of reference balls that hold a sample, divided by k.
+        density: Number of reference balls that a sample lies in, on average, divided by k.
         coverage: Share of reference balls that hold a sample.
         inception_score: On the classes of `features`, mean over ten parts; comparable only
             on the same features. None without classes, or for fewer than ten samples.
@@ -112,7 +112,9 @@ class SampleSet:
         found = self.statistics.finish()
         overlap = (None,) * 4
         if reference.rows is not None:
-            overlap = manifold(torch.from_numpy(reference.rows), torch.from_numpy(found.rows))
+            overlap = manifold_overlap(
+                torch.from_numpy(reference.rows), torch.from_numpy(found.rows)
+            )
         precision, recall, density, coverage = overlap
         score = self.score.finish() or (None, None)
         own_classes = self.network.num_classes and self.network.knows_data

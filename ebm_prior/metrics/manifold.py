@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["MIN_IMAGES", "Manifold", "PrecisionRecall", "class_entropy", "manifold",
-           "precision_recall"]  # fmt: skip
+__all__ = [
+    "MIN_IMAGES", "Manifold", "PrecisionRecall", "class_counts", "class_entropy",
+    "entropy_of_counts", "manifold_overlap", "precision_recall",
+]  # fmt: skip
 
 PRECISION_K, DENSITY_K = 3, 5  # those of the two papers
 MIN_IMAGES = max(PRECISION_K, DENSITY_K) + 1
+WORKING_MEMORY = 128  # MiB, of a block of distances
 
 
 class PrecisionRecall(NamedTuple):
@@ -39,8 +42,8 @@ class Manifold(NamedTuple):
     Attributes:
         precision: Share of samples that lie on the reference's manifold.
         recall: Share of reference images that lie on the samples' manifold.
-        density: Reference balls that hold a sample, on average, divided by k: 1 where both
-            sets are drawn alike, and not bounded by it.
+        density: Number of reference balls that a sample lies in, on average, divided by k:
+            about 1 where both sets are drawn alike, more where samples crowd.
         coverage: Share of reference balls that hold a sample.
     """
 
@@ -50,7 +53,7 @@ class Manifold(NamedTuple):
     coverage: float
 
 
-def manifold(
+def manifold_overlap(
     reference: Tensor,
     samples: Tensor,
     *,
@@ -109,8 +112,10 @@ def manifold(
         precise = (distances <= real_radii).any(axis=1)
         return np.stack([precise, (distances <= dense_radii).sum(axis=1)], axis=1)
 
-    chunks = pairwise_distances_chunked(fake, real, reduce_func=reduce, working_memory=128)  # MiB
-    precise, balls = np.concatenate(list(chunks)).T
+    blocks = pairwise_distances_chunked(
+        fake, real, reduce_func=reduce, working_memory=WORKING_MEMORY
+    )
+    precise, balls = np.concatenate(list(blocks)).T
     return Manifold(
         precision=float(precise.mean()),
         recall=float(recalled.mean()),
@@ -139,8 +144,10 @@ def precision_recall(
     max_images: int = 10_000,
     seed: int = 0,
 ) -> PrecisionRecall:
-    """Precision and recall alone; arguments as for `manifold`."""
-    found = manifold(reference, samples, k=k, density_k=k, max_images=max_images, seed=seed)
+    """Precision and recall alone; arguments as for `manifold_overlap`."""
+    found = manifold_overlap(
+        reference, samples, k=k, density_k=k, max_images=max_images, seed=seed
+    )
     return PrecisionRecall(found.precision, found.recall)
 
 
