@@ -66,7 +66,7 @@ def _inside(world, monkeypatch):
 
 
 VERBS = ["fit", "sample", "evaluate", "hierarchy", "info", "pretrain"]
-VERBS += ["push", "pull", "import", "demo"]
+VERBS += ["push", "pull", "import", "demo", "evaluate stats", "evaluate images"]
 
 
 @pytest.mark.parametrize("command", ["", *VERBS])

@@ -187,22 +187,27 @@ class StatisticsBuilder:
                 f"{self.features}: {(~finite).sum()} of {len(x)} images have "
                 "NaN or infinite features; check the samples (did the chain diverge?)"
             )
+        x = compact(x)
         if self.rows is not None:
-            self.rows.append(compact(x[self.chosen[self.seen : self.seen + len(x)]]).numpy())
+            self.rows.append(x[self.chosen[self.seen : self.seen + len(x)]].numpy())
         self.seen += len(x)
         self.waiting.append(x)
         if sum(map(len, self.waiting)) >= self.part:
             waiting = torch.cat(self.waiting)
-            self.waiting = [waiting[len(waiting) // self.part * self.part :]]
-            for part in waiting[: len(waiting) - len(self.waiting[0])].split(self.part):
-                self._merge(part.numpy())
+            bounds = tuple(range(self.part, len(waiting) + 1, self.part))
+            *parts, rest = waiting.tensor_split(bounds)
+            self.waiting = [rest.clone()]
+            for part in parts:
+                self._merge(part)
 
-    def _merge(self, x: np.ndarray) -> None:
+    def _merge(self, part: Tensor) -> None:
+        x = part.to(torch.float64, copy=True).numpy()
         if self.n == 0:
             self.mean, self.scatter = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
         part_mean, total = x.mean(axis=0), self.n + len(x)
-        centred, delta = x - part_mean, part_mean - self.mean
-        self.scatter += centred.T @ centred
+        x -= part_mean
+        delta = part_mean - self.mean
+        self.scatter += x.T @ x
         self.scatter += np.outer(delta, delta) * (self.n * len(x) / total)
         self.mean, self.n = self.mean + delta * (len(x) / total), total
 
@@ -215,7 +220,7 @@ class StatisticsBuilder:
         if self.seen < 2:
             raise EbmPriorError(f"a covariance needs at least two images, got {self.seen}")
         if any(map(len, self.waiting)):
-            self._merge(torch.cat(self.waiting).numpy())
+            self._merge(torch.cat(self.waiting))
             self.waiting = []
         rows = None if self.rows is None else np.concatenate(self.rows)
         return FeatureStatistics(
