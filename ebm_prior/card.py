@@ -27,6 +27,11 @@ HUB_DATASETS = {
     "svhn": "ufldl-stanford/svhn",
 }
 """Hub ids of the data sets that have one; others are named in the text alone."""
+PRIORS = {
+    "gaussian": "Gaussian prior",
+    "energy": "energy prior",
+    "reconstruction": "reconstructions (floor)",
+}
 SECTIONS = {
     "evaluation": "Results",
     "ood": "Out-of-distribution detection",
@@ -104,7 +109,11 @@ def _evaluation(config: dict) -> dict | None:
                 return None
         if not isinstance(found["gap_closed"], float):
             return None
-        if not all(is_text(found.get(key) or "") for key in ("data", "features_option")):
+        if not all(
+            is_text(found.get(key) or "") for key in ("data", "features_option", "reference")
+        ):
+            return None
+        if not isinstance(found.get("runs", []), list):
             return None
     except (KeyError, TypeError):
         return None
@@ -230,22 +239,30 @@ def evaluation_table(config: dict) -> Table | None:
     found = _evaluation(config)
     if found is None:
         return None
-    rows = []
-    for key, name in (
-        ("gaussian", "Gaussian prior"),
-        ("energy", "energy prior"),
-        ("reconstruction", "reconstructions (floor)"),
-    ):
-        q = found[key]
-        numbers = (f"{q['frechet']:.2f}", f"{q['precision']:.3f}", f"{q['recall']:.3f}")
-        rows.append((name, *numbers, str(q["n"])))
+    names = {"frechet": "Fréchet distance", "precision": "precision", "recall": "recall"}
+    for key in ("density", "coverage"):  # newer ones; statistics alone do not give them
+        if all(isinstance(found[prior].get(key), float) for prior in PRIORS):
+            names[key] = key
+    rows = [
+        (
+            title,
+            *(f"{found[key][name]:.{2 if name == 'frechet' else 3}f}" for name in names),
+            str(found[key]["n"]),
+        )
+        for key, title in PRIORS.items()
+    ]
     data = found.get("data") or config["backbone"].get("dataset") or "the data set"
     held_out = found.get("reference_images")
+    held_out = held_out if isinstance(held_out, int) else None
     against = f"{held_out} held-out images of {data}" if held_out else f"held-out images of {data}"
+    if found.get("reference"):
+        against = f"the statistics in {found['reference']}"
+        against += f" ({held_out} images)" if held_out else ""
+    runs = f" Means of {len(found['runs'])} runs." if found.get("runs") else ""
     return Table(
         f"Against {against}, on the features of: {found['energy']['features']}. Distances compare "
-        "only on the same features and with as many samples.",
-        ("", "Fréchet distance", "precision", "recall", "samples"),
+        f"only on the same features and with as many samples.{runs}",
+        ("", *names.values(), "samples"),
         rows,
         "Share of the gap between Gaussian prior and reconstructions that is closed: "
         f"{found['gap_closed']:.2f}.",
@@ -355,6 +372,10 @@ def evaluate_command(config: dict, repo_id: str) -> str:
         args += ["--data", str(found["data"])]
     if found.get("features_option"):
         args += ["--features", str(found["features_option"])]
+    if found.get("reference"):
+        args += ["--reference", str(found["reference"])]
+    if found.get("runs"):
+        args += ["--repeats", str(len(found["runs"]))]
     used = found.get("sampler")
     if isinstance(used, dict) and used != stored:
         for option, key in (

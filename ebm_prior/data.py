@@ -86,7 +86,7 @@ def to_float(images: Tensor) -> Tensor:
 def load_images(
     source: str | Path,
     *,
-    split: str = "train",
+    split: str | None = "train",
     shape: Shape | None = None,
     resize: bool = False,
     root: str | Path | None = None,
@@ -103,7 +103,8 @@ def load_images(
             images, an `.npz` (x_train, x_test and y_train, y_test; or images, x or
             arr_0), or a folder with an LMDB. Write "./mnist" for a path that is a name.
             ":0,1" at the end keeps the images with these labels.
-        split: "train" or "test"; the module's docstring says what they are.
+        split: "train" or "test"; the module's docstring says what they are. None for all
+            images of a source that has no parts, and for the test split of one that has.
         shape: (C, H, W) the images must have; by default what the first one has.
         resize: Crop (centrally, to the wanted aspect), scale and convert images between
             grey and colour where they differ from `shape`, instead of refusing them.
@@ -119,7 +120,7 @@ def load_images(
     Raises:
         EbmPriorError: If the source is missing, damaged, unsafe or does not fit.
     """
-    if split not in PARTS:
+    if split not in (None, *PARTS):
         raise EbmPriorError(f"unknown split {split!r}: use train or test")
     if limit is not None and limit < 1:
         raise EbmPriorError(f"limit must be at least 1, got {limit}")
@@ -128,25 +129,30 @@ def load_images(
     shape = tuple(shape) if shape is not None else None
     source, classes = split_classes(source)
     name, loader, size = _find(source, root)
+    if loader in NAMED.values():  # all of which have parts
+        split = split or "test"
     if size is not None:  # such images have no size of their own
         resize = resize or shape in (None, (3, size, size))
         shape = shape or (3, size, size)
     with ExitStack() as stack:
         part = loader(split, root, download, stack=stack)
         if not len(part.items):
-            raise EbmPriorError(f"{source} has no {split} images; add some or name another source")
+            raise EbmPriorError(
+                f"{source} has no {split or 'test'} images; add some or name another source"
+            )
         if classes is not None:
-            part = _of_classes(part, source, split, classes)
+            part = _of_classes(part, source, split or "test", classes)
         if limit is not None and limit < len(part.items):
             order = np.random.RandomState(0).permutation(len(part.items))
             part = part.take(np.sort(order[:limit]))
         if labels and part.labels is None:
             raise EbmPriorError(
-                f"{source} has no labels: use one sub-folder per class, or y_{split} in an .npz"
+                f"{source} has no labels: use one sub-folder per class, or y_{split or 'test'} "
+                "in an .npz"
             )
         pixels = _pixels(part, name, shape, resize, root / "decoded")
     target = None if part.labels is None else torch.as_tensor(part.labels, dtype=torch.int64)
-    return ImageSet(torch.from_numpy(pixels), target, name, split)
+    return ImageSet(torch.from_numpy(pixels), target, name, split or "test")
 
 
 def load_files(paths: Sequence[str | Path], shape: Shape, *, resize: bool = False) -> Tensor:

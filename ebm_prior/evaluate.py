@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.feature_cache import FeatureCache
 from ebm_prior.images import to_uint8
-from ebm_prior.metrics import FeatureNetwork, SampleQuality, compare, gap_closed
+from ebm_prior.metrics import (
+    FeatureNetwork,
+    FeatureStatistics,
+    SampleQuality,
+    SampleSet,
+    check_count,
+    gap_closed,
+)
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.sampling import seeded_batches
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Repeated", "evaluate", "evaluate_images", "quality_table"]
+
+SETS = {
+    "gaussian": "Gaussian prior",
+    "energy": "energy prior",
+    "reconstruction": "reconstructions",
+}
+NUMBERS = {  # of a SampleQuality: heading, digits
+    "frechet": ("Fréchet", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "density": ("density", 3),
+    "coverage": ("coverage", 3),
+    "inception_score": ("IS", 3),
+    "entropy": ("entropy", 3),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +53,7 @@ class Evaluation:
         energy: The tilted prior, its chains started from the very same noise.
         reconstruction: Training images through q(z|x) and p(x|z): the floor for any prior.
         gap_closed: (FD_gaussian - FD_energy) / (FD_gaussian - FD_reconstruction).
-        reference_images: Number of held-out images.
+        reference_images: Number of held-out images; None where their statistics do not say.
         sampler: Transition, steps and step size.
         temperature: Of both priors.
         seed: First of the consecutive seeds.
@@ -36,7 +63,7 @@ class Evaluation:
     energy: SampleQuality
     reconstruction: SampleQuality
     gap_closed: float
-    reference_images: int
+    reference_images: int | None
     sampler: SamplerConfig
     temperature: float
     seed: int
@@ -47,29 +74,93 @@ class Evaluation:
 
     def table(self) -> str:
         """A small table for the terminal."""
-        rows = [
-            ("Gaussian prior", self.gaussian),
-            ("energy prior", self.energy),
-            ("reconstructions", self.reconstruction),
-        ]
-        lines = [f"{'':16} {'Fréchet':>9} {'precision':>9} {'recall':>9} {'entropy':>9}"]
-        for name, q in rows:
-            entropy = "-" if q.entropy is None else f"{q.entropy:.3f}"
-            lines.append(
-                f"{name:16} {q.frechet:9.2f} {q.precision:9.3f} {q.recall:9.3f} {entropy:>9}"
-            )
-        s = self.sampler
-        lines.append(
-            f"gap closed: {self.gap_closed:.3f}   ({self.energy.n} samples against "
-            f"{self.reference_images} held-out images; features: {self.energy.features}; "
-            f"{s.steps} {s.transition} steps of size {s.step_size:.3g})"
+        rows = {title: (getattr(self, name),) for name, title in SETS.items()}
+        return f"{quality_table(rows)}\ngap closed: {self.gap_closed:.3f}   ({self.terms()})"
+
+    def terms(self) -> str:
+        """What the numbers were measured on, for the line below the table."""
+        s, count = self.sampler, self.reference_images
+        return (
+            f"{self.energy.n} samples against {'' if count is None else f'{count} '}held-out "
+            f"images; features: {self.energy.features}; "
+            f"{s.steps} {s.transition} steps of size {s.step_size:.3g}"
         )
-        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The same evaluation with other seeds: means, and standard deviations over the runs.
+
+    Attributes:
+        runs: At least two.
+    """
+
+    runs: tuple[Evaluation, ...]
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON: means where `Evaluation` has values, `std`, and all `runs`."""
+        runs = [run.to_dict() for run in self.runs]
+        mean, std = dict(runs[0]), {}
+        for name in SETS:
+            qualities = [run[name] for run in runs]
+            mean[name] = qualities[0] | _over(qualities, statistics.fmean)
+            std[name] = _over(qualities, statistics.stdev)
+        gaps = [run.gap_closed for run in self.runs]
+        mean["gap_closed"], std["gap_closed"] = statistics.fmean(gaps), statistics.stdev(gaps)
+        return mean | {"std": std, "runs": runs}
+
+    def table(self) -> str:
+        """A small table for the terminal."""
+        rows = {title: [getattr(run, name) for run in self.runs] for name, title in SETS.items()}
+        gap = _cell([run.gap_closed for run in self.runs], 3)
+        return (
+            f"{quality_table(rows)}\ngap closed: {gap}   (mean ± standard deviation of "
+            f"{len(self.runs)} runs; {self.runs[0].terms()})"
+        )
+
+
+def _over(qualities: Sequence[dict], function: Callable) -> dict:
+    """A statistic over several runs, of each number that they have."""
+    names = [name for name in (*NUMBERS, "inception_score_std") if qualities[0][name] is not None]
+    return {name: function([quality[name] for quality in qualities]) for name in names}
+
+
+def quality_table(rows: dict[str, Sequence[SampleQuality]]) -> str:
+    """Rows of numbers by title; of several runs, mean ± standard deviation.
+
+    Of a single run the inception score has that over its ten parts.
+    """
+    lines = [["", *(heading for heading, _ in NUMBERS.values())]]
+    for title, runs in rows.items():
+        cells = [
+            _cell([getattr(q, name) for q in runs], digits)
+            for name, (_, digits) in NUMBERS.items()
+        ]
+        if len(runs) == 1 and runs[0].inception_score_std is not None:
+            cells[list(NUMBERS).index("inception_score")] += (
+                f" ± {runs[0].inception_score_std:.3f}"
+            )
+        lines.append([title, *cells])
+    widths = [max(9, *map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        " ".join(
+            cell.rjust(width) if i else cell.ljust(max(width, 16))
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _cell(values: Sequence[float | None], digits: int) -> str:
+    if values[0] is None:
+        return "-"
+    mean = f"{round(statistics.fmean(values), digits) + 0.0:.{digits}f}"  # no -0.00
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def evaluate(
     prior: EnergyPrior,
-    reference: Tensor,
+    reference: Tensor | FeatureStatistics,
     train: Tensor,
     network: FeatureNetwork,
     *,
@@ -78,12 +169,13 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 100,
+    cache: FeatureCache | None = None,
 ) -> Evaluation:
     """Compare Gaussian and energy prior with held-out images.
 
     Args:
         prior: Fitted heads.
-        reference: Held-out images, uint8, (N, C, H, W).
+        reference: Held-out images, uint8, (N, C, H, W), or the statistics of their features.
         train: Training images for the reconstructions, uint8.
         network: Feature network.
         n: Samples of each prior, and reconstructions (fewer if `train` is smaller).
@@ -91,43 +183,105 @@ def evaluate(
         temperature: Multiplies every prior sigma.
         seed: Sample i uses seed + i.
         batch_size: Chains run together.
+        cache: Where features of finished batches are kept, and found after an interruption:
+            the result is then the same as without one.
+
+    Raises:
+        EbmPriorError: If there are too few images, or the reference's statistics are of other
+            features or of images of another size.
     """
-    if len(reference) < 2 or len(train) < 2:
+    if len(train) < 2 or (isinstance(reference, Tensor) and len(reference) < 2):
         raise EbmPriorError("evaluation needs at least two held-out and two training images")
     config = config or prior.sampler
-    want = network(reference)
-    before, after = [], []
-    seeds = range(seed, seed + n)
-    for batch in seeded_batches(
-        prior, seeds, config, batch_size=batch_size, temperature=temperature
-    ):
-        before.append(network(to_uint8(prior.images(batch.start, temperature))))
-        after.append(network(to_uint8(prior.images(batch.end, temperature))))
-    floor = [network(x) for x in reconstructions(prior, train, n, seed, batch_size)]
-    gaussian, energy, reconstruction = (
-        compare(want, torch.cat(features), network) for features in (before, after, floor)
-    )
+    if isinstance(reference, Tensor):
+        reference = FeatureStatistics.from_images(reference, network)
+    reference = reference.of(network, prior.backbone.image_shape)
+    check_count(min(n, len(train)), reference)
+    before, after = SampleSet(network, n), SampleSet(network, n)
+    batches = [range(seed + i, seed + min(i + batch_size, n)) for i in range(0, n, batch_size)]
+    for gaussian, energy in _features(prior, batches, config, temperature, network, cache):
+        before.add(gaussian)
+        after.add(energy)
+    floor = SampleSet(network, min(n, len(train)))
+    for x in reconstructions(prior, train, n, seed, batch_size):
+        floor.add(network(x))
+    gaussian, energy, reconstruction = (s.quality(reference) for s in (before, after, floor))
     return Evaluation(
         gaussian,
         energy,
         reconstruction,
         gap_closed(gaussian.frechet, energy.frechet, reconstruction.frechet),
-        len(reference),
+        reference.n,
         config,
         temperature,
         seed,
     )
 
 
+def _features(
+    prior: EnergyPrior,
+    batches: Sequence[range],
+    config: SamplerConfig,
+    temperature: float,
+    network: FeatureNetwork,
+    cache: FeatureCache | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features of both priors' samples, batch by batch, from the cache where they are there."""
+    missing = [seeds for seeds in batches if cache is None or not cache.has(seeds)]
+    if found := len(batches) - len(missing):
+        tqdm.write(f"{found} of {len(batches)} batches were finished before", file=sys.stderr)
+    # Only the last batch of all may be smaller, so the missing ones keep their boundaries.
+    sampled = seeded_batches(
+        prior,
+        [seed for seeds in missing for seed in seeds],
+        config,
+        batch_size=len(batches[0]),
+        temperature=temperature,
+    )
+    wanted = set(missing)
+    for seeds in batches:
+        if seeds not in wanted:
+            yield cache.load(seeds)
+            continue
+        batch = next(sampled)
+        pair = [
+            network(to_uint8(prior.images(eps, temperature))) for eps in (batch.start, batch.end)
+        ]
+        if cache is not None:
+            cache.save(seeds, *pair)
+        yield tuple(pair)
+    next(sampled, None)  # closes its progress bar
+
+
+def evaluate_images(
+    images: Tensor, reference: FeatureStatistics, network: FeatureNetwork
+) -> SampleQuality:
+    """Measure pictures that exist already.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        reference: Statistics of the images that they should be like.
+        network: Feature network.
+
+    Raises:
+        EbmPriorError: If the reference is of other features or images of another size, or
+            there are too few images.
+    """
+    reference = reference.of(network, images.shape[1:])
+    check_count(len(images), reference)
+    found = SampleSet(network, len(images))
+    for features in network.batches(images):
+        found.add(features)
+    return found.quality(reference)
+
+
 @torch.no_grad()
 def reconstructions(
     prior: EnergyPrior, images: Tensor, n: int, seed: int, batch_size: int
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Batches of uint8 decoder means at z ~ q(z|x) for n images picked without repetition."""
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(len(images), generator=generator)[:n]
     stream = PosteriorStream(prior, images)
-    return [
-        to_uint8(prior.backbone.decode(stream.latents(index, generator)).mean)
-        for index in picked.split(batch_size)
-    ]
+    for index in picked.split(batch_size):
+        yield to_uint8(prior.backbone.decode(stream.latents(index, generator)).mean)

@@ -62,8 +62,10 @@ class Part:
         labels = None if self.labels is None else self.labels[index]
         return replace(self, items=self.items[index], labels=labels)
 
-    def held_out(self, split: str, count: int | None = None) -> Part:
+    def held_out(self, split: str | None, count: int | None = None) -> Part:
         """Train or test split of a source that has none; the test split has `count`."""
+        if split is None:
+            return self
         n = len(self.items)
         count = round(n * HELD_OUT) if count is None else count
         order = np.random.RandomState(0).permutation(n)  # the same in every NumPy
@@ -85,12 +87,13 @@ class Part:
 # Sources
 
 
-def read_path(path: Path, split: str, stack: ExitStack) -> Part:
+def read_path(path: Path, split: str | None, stack: ExitStack) -> Part:
     """One split of the images at an existing path.
 
     Args:
         path: Folder of images, zip of images, `.npz`, or folder with an LMDB.
-        split: "train" or "test".
+        split: "train" or "test"; None for all images of a source that has no parts, and for
+            the test split of one that has.
         stack: Closes the opened files once the images are decoded.
     """
     if path.is_dir():
@@ -106,7 +109,7 @@ def read_path(path: Path, split: str, stack: ExitStack) -> Part:
     return reader(path, split, stack)
 
 
-def _folder(path: Path, split: str, stack: ExitStack) -> Part:
+def _folder(path: Path, split: str | None, stack: ExitStack) -> Part:
     names = []
     # Links to folders are not followed: they may lead in circles.
     for folder, _, files in os.walk(path):
@@ -115,7 +118,7 @@ def _folder(path: Path, split: str, stack: ExitStack) -> Part:
     return _named_images(names, split, path, partial(open_image, path))
 
 
-def _zip(path: Path, split: str, stack: ExitStack) -> Part:
+def _zip(path: Path, split: str | None, stack: ExitStack) -> Part:
     archive = _archive(path, stack)
 
     def read(name: str) -> Image.Image:
@@ -156,7 +159,7 @@ def _archive(path: Path, stack: ExitStack) -> zipfile.ZipFile:
 
 
 def _named_images(
-    names: Sequence[str], split: str, where: Path, read: Callable[[str], Image.Image]
+    names: Sequence[str], split: str | None, where: Path, read: Callable[[str], Image.Image]
 ) -> Part:
     """The split and the class of each file, read off the folders in its name."""
     paths = sorted(
@@ -177,7 +180,7 @@ def _named_images(
 
     tops = {f[0].lower() for f in folders if f}
     own = {s: next((p for p in part if p in tops), None) for s, part in PARTS.items()}
-    wanted = own[split] or own["train"]
+    wanted = own[split or "test"] or own["train"]
     if own["test"] and not wanted:
         raise EbmPriorError(f"{where} has a folder {own['test']} but none called train")
     if wanted:
@@ -196,7 +199,7 @@ def _named_images(
     return part if own["test"] else part.held_out(split)
 
 
-def _npz(path: Path, split: str, stack: ExitStack) -> Part:
+def _npz(path: Path, split: str | None, stack: ExitStack) -> Part:
     _archive(path, stack)
     archive = stack.enter_context(np.load(path, allow_pickle=False))
     keys = set(archive.files)
@@ -210,7 +213,8 @@ def _npz(path: Path, split: str, stack: ExitStack) -> Part:
     if keys & {"x_train", "x_test"}:
         if not keys >= {"x_train"} and split == "train":
             raise EbmPriorError(f"{path} holds x_test but no x_train; use its test split")
-        which = split if f"x_{split}" in keys else "train"
+        which = split or "test"
+        which = which if f"x_{which}" in keys else "train"
         images, labels = f"x_{which}", f"y_{which}"
         whole = {"x_train", "x_test"} <= keys or "x_train" not in keys
     else:
@@ -270,11 +274,11 @@ def _lmdb_parts(path: Path) -> dict[str, Path]:
     return {s: paths[0] for s, paths in found.items() if paths}
 
 
-def _lmdb(path: Path, split: str, stack: ExitStack) -> Part:
+def _lmdb(path: Path, split: str | None, stack: ExitStack) -> Part:
     parts = {"train": path} if _is_lmdb(path) else _lmdb_parts(path)
-    if split not in parts and "train" not in parts:
+    if (split or "test") not in parts and "train" not in parts:
         raise EbmPriorError(f"{path} holds no train.lmdb; use its test split")
-    part = lmdb_part(parts.get(split, parts.get("train")), stack)
+    part = lmdb_part(parts.get(split or "test", parts.get("train")), stack)
     return part.held_out(split) if set(parts) == {"train"} else part
 
 

@@ -67,6 +67,7 @@ def _inside(world, monkeypatch):
 
 VERBS = ["fit", "sample", "evaluate", "hierarchy", "ood", "anomaly", "chains", "likelihood"]
 VERBS += ["report", "info", "pretrain", "push", "pull", "import", "demo"]
+VERBS += ["evaluate stats", "evaluate images"]
 
 
 @pytest.mark.parametrize("command", ["", *VERBS])

@@ -633,3 +633,18 @@ def test_other_import_failures_are_not_hidden(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError):
         import_torchvision()
+
+
+def test_no_split_is_all_of_a_source_without_parts(tmp_path):
+    x = np.arange(40, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    np.savez(tmp_path / "whole.npz", images=x)
+    np.savez(tmp_path / "parts.npz", x_train=x[:30], x_test=x[30:])
+    np.savez(tmp_path / "train.npz", x_train=x[:30])
+    for i in range(40):
+        for folder in ("flat", "deep/test" if i < 10 else "deep/train"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x[i]).save(tmp_path / folder / f"{i:02}.png")
+    counts = {"whole.npz": 40, "flat": 40, "parts.npz": 10, "deep": 10, "train.npz": 30}
+    for name, count in counts.items():
+        assert len(load_images(tmp_path / name, split=None)) == count
+    assert len(load_images("digits", split=None)) == 297

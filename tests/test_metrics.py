@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -19,12 +20,16 @@ from ebm_prior.metrics import (
     compare,
     frechet_distance,
     gap_closed,
+    inception_score,
     load_features,
+    manifold_overlap,
     precision_recall,
 )
 from ebm_prior.metrics.classifier import main as classifier_command
 from ebm_prior.metrics.classifier import train_classifier
 from ebm_prior.metrics.features import INCEPTION_NAME, METADATA_KEY, SHIPPED
+from ebm_prior.metrics.frechet import MAX_ROWS, StatisticsBuilder
+from ebm_prior.metrics.inception import InceptionScore
 
 
 def seeded(seed=0):
@@ -74,21 +79,78 @@ def test_frechet_is_pytorch_fids_on_the_same_features():
     assert ours == pytest.approx(theirs, rel=1e-9)
 
 
+@pytest.mark.parametrize("part", [7, 100, 1000, 5000])
 @pytest.mark.parametrize("offset", [0, 1e6])
-def test_streamed_statistics_are_those_of_the_whole(offset):
+def test_streamed_statistics_are_those_of_the_whole(offset, part):
     x = normal(1000, 6) + offset
-    streamed = FeatureStatistics.from_batches(x.split([1, 399, 0, 600]), "test")
-    assert streamed.n == 1000
+    builder = StatisticsBuilder("test", part=part)
+    for batch in x.split([1, 399, 0, 600]):
+        builder.add(batch)
+    streamed = builder.finish()
+    assert streamed.n == 1000 and streamed.rows is None
     np.testing.assert_allclose(streamed.mean, x.numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(streamed.cov, np.cov(x.numpy(), rowvar=False), atol=1e-9)
 
 
+def test_of_a_large_set_ten_thousand_rows_are_kept_whatever_the_batches():
+    x = torch.arange(2 * MAX_ROWS + 5).double()[:, None]
+    by_hundred, at_once = (
+        FeatureStatistics.from_batches(x.split(size), "test", len(x)).rows
+        for size in (100, len(x))
+    )
+    np.testing.assert_array_equal(by_hundred, at_once)
+    assert len(np.unique(at_once)) == MAX_ROWS
+    assert abs(at_once.mean() / MAX_ROWS - 1) < 0.02  # a fair choice, not the first ones
+    exact = normal(9, 3)  # float32 only where that loses nothing
+    np.testing.assert_array_equal(FeatureStatistics.from_features(exact, "test").rows, exact)
+    assert FeatureStatistics.from_features(exact.float(), "test").rows.dtype == np.float32
+
+
 def test_statistics_survive_a_file(tmp_path):
-    statistics = FeatureStatistics.from_features(normal(50, 6), "some network (6)")
+    network = load_features("digits")
+    statistics = FeatureStatistics.from_images(bytes_images(80, 1, 8, 8), network)
     statistics.save(tmp_path / "reference.npz")
     loaded = FeatureStatistics.load(tmp_path / "reference.npz")
-    assert (loaded.n, loaded.features) == (50, "some network (6)")
-    assert frechet_distance(statistics, loaded) == pytest.approx(0, abs=1e-9)
+    assert (loaded.n, loaded.features, loaded.image_shape) == (80, network.name, (1, 8, 8))
+    np.testing.assert_array_equal(loaded.rows, statistics.rows)
+    assert frechet_distance(statistics, loaded) == pytest.approx(0, abs=1e-4)
+    samples = network(bytes_images(90, 1, 8, 8, seed=1))
+    assert compare(loaded, samples, network) == compare(
+        network(bytes_images(80, 1, 8, 8)), samples, network
+    )
+    assert loaded.of(network, (1, 8, 8)) is loaded
+    with pytest.raises(EbmPriorError, match="of 1x8x8 images, these are 1x28x28"):
+        loaded.of(network, (1, 28, 28))
+    with pytest.raises(EbmPriorError, match="'digits classifier.*not of 'MNIST classifier"):
+        loaded.of(load_features("mnist"), (1, 28, 28))
+
+
+def test_pytorch_fid_reads_our_files(tmp_path):
+    from ebm_prior.torchvision_compat import import_torchvision
+
+    import_torchvision()
+    from pytorch_fid.fid_score import compute_statistics_of_path
+
+    statistics = FeatureStatistics.from_features(normal(50, 6), "some network (6)")
+    statistics.save(tmp_path / "ours.npz")
+    mean, cov = compute_statistics_of_path(str(tmp_path / "ours.npz"), None, 50, 6, "cpu")
+    np.testing.assert_array_equal(mean, statistics.mean)
+    np.testing.assert_array_equal(cov, statistics.cov)
+
+
+def test_plain_statistics_give_the_distance_alone(tmp_path):
+    """pytorch-fid's files do not say which weights: they go with any Inception, nothing else."""
+    x, y = normal(50, 6), normal(40, 6, seed=1)
+    whole = FeatureStatistics.from_features(x, "pytorch-fid InceptionV3 (6)")
+    np.savez(tmp_path / "fid.npz", mu=whole.mean, sigma=whole.cov)
+    plain = FeatureStatistics.load(tmp_path / "fid.npz")
+    network = SimpleNamespace(name=whole.features + " with other weights 12", dim=6, num_classes=0)
+    found = compare(plain.of(network, (3, 4, 4)), y, network)
+    statistics = FeatureStatistics.from_features(y, whole.features)
+    assert found.frechet == frechet_distance(whole, statistics)
+    assert (found.precision, found.recall, found.density, found.coverage) == (None,) * 4
+    with pytest.raises(EbmPriorError, match="InceptionV3"):
+        plain.of(load_features("digits"), (1, 8, 8))
 
 
 @pytest.mark.parametrize(("dim", "name"), [(2048, INCEPTION_NAME), (64, "InceptionV3 (64)")])
@@ -107,6 +169,10 @@ def test_pytorch_fids_own_files_load(tmp_path, dim, name):
         {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
         {"mu": np.array(["a"]), "sigma": np.eye(1)},
         {"mu": np.array([print], dtype=object), "sigma": np.eye(1)},
+        {"mu": np.zeros(2), "sigma": np.eye(2), "rows": np.zeros((5, 3))},
+        {"mu": np.zeros(2), "sigma": np.eye(2), "rows": np.full((5, 2), np.nan)},
+        {"mu": np.zeros(2), "sigma": np.eye(2), "rows": np.full((5, 2), "a")},
+        {"mu": np.zeros(2), "sigma": np.eye(2), "image_shape": np.float64(3)},
     ],
 )
 def test_files_that_hold_no_statistics_are_refused(tmp_path, entries):
@@ -171,6 +237,85 @@ def test_precision_and_recall_use_equal_sizes_and_refuse_tiny_ones():
     assert precision_recall(y, y, max_images=40) == precision_recall(y, y, max_images=40)
     with pytest.raises(EbmPriorError, match="more than 3 images"):
         precision_recall(x[:3], y)
+
+
+def brute_force(real, fake, k, density_k):
+    """The four numbers from their definitions, one distance at a time."""
+
+    def radii(points, k):
+        return [np.sort([np.linalg.norm(p - q) for q in points])[k] for p in points]  # [0]: p
+
+    def inside(queries, points, k):
+        balls = list(zip(points, radii(points, k), strict=True))
+        return np.array([[np.linalg.norm(x - p) <= r for p, r in balls] for x in queries])
+
+    return (
+        inside(fake, real, k).any(1).mean(),
+        inside(real, fake, k).any(1).mean(),
+        inside(fake, real, density_k).sum(1).mean() / density_k,
+        inside(fake, real, density_k).any(0).mean(),
+    )
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0, 1), (0.6, 0.5), (1, 1.3)])
+def test_manifolds_are_those_of_their_definitions(shift, scale):
+    real, fake = normal(40, 3), normal(40, 3, seed=1) * scale + shift
+    found = manifold_overlap(real + 1e4, fake + 1e4)
+    assert found == pytest.approx(brute_force(real.numpy(), fake.numpy(), 3, 5), abs=1e-12)
+    assert found[:2] == precision_recall(real + 1e4, fake + 1e4)
+
+
+def test_manifolds_do_not_depend_on_the_blocks_of_distances(monkeypatch):
+    real, fake = normal(700, 4), normal(700, 4, seed=1) * 0.7 + 0.3
+    whole = manifold_overlap(real, fake)
+    monkeypatch.setattr("ebm_prior.metrics.manifold.WORKING_MEMORY", 1)  # 4 blocks
+    assert manifold_overlap(real, fake) == whole
+    assert 0 < whole.recall < whole.precision < 1 < whole.density
+
+
+def test_density_and_coverage_of_known_sets():
+    x = normal(600, 8)
+    alike = manifold_overlap(x, normal(600, 8, seed=1))
+    assert alike.density == pytest.approx(1, abs=0.1)
+    # P(no sample among the k nearest of both sets together), about 1 - 2^-k
+    assert alike.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert manifold_overlap(x, x + 100)[2:] == (0, 0)
+    one_spot = manifold_overlap(x, x[:1] + 1e-3 * normal(600, 8, seed=1))
+    assert one_spot.density > 0.5 > 0.1 > one_spot.coverage
+    with pytest.raises(EbmPriorError, match="more than 5 images"):
+        manifold_overlap(x[:5], x)
+
+
+# Inception score
+
+
+def direct_inception_score(p):
+    """As defined, part by part, in the order of torch-fidelity's shuffle."""
+    p = p.numpy()[np.random.RandomState(2020).permutation(len(p))]
+    scores = []
+    for i in range(10):
+        part = p[i * len(p) // 10 : (i + 1) * len(p) // 10]
+        scores.append(np.exp((part * np.log(part / part.mean(0))).sum(1).mean()))
+    return np.mean(scores), np.std(scores)
+
+
+@pytest.mark.parametrize("n", [10, 123, 1000])
+def test_inception_score_is_its_definition(n):
+    p = (3 * normal(n, 7)).softmax(1)
+    assert inception_score(p) == pytest.approx(direct_inception_score(p), rel=1e-9)
+    score = InceptionScore(n)
+    for batch in p.split(9):
+        score.add(batch)
+    assert score.finish() == pytest.approx(inception_score(p), rel=1e-12)
+
+
+def test_inception_score_of_known_probabilities():
+    assert inception_score(torch.full((100, 8), 1 / 8)) == pytest.approx((1, 0))
+    assert inception_score(torch.eye(8)[[3] * 100]) == pytest.approx((1, 0))
+    sure = torch.eye(8).repeat_interleave(1000, 0)  # sorted by class, as folders are
+    mean, std = inception_score(sure)
+    assert 7.9 < mean <= 8 and std < 0.05
+    assert inception_score(sure[:9]) is None
 
 
 def test_class_entropy():
@@ -326,7 +471,7 @@ def test_what_is_no_feature_network_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """Random weights in a file like pytorch-fid's; only its download is replaced."""
+    """Random weights in a file like pytorch-fid's, where torch hub's cache would have it."""
     from ebm_prior.torchvision_compat import import_torchvision
 
     import_torchvision()
@@ -355,7 +500,9 @@ def inception_weights(tmp_path_factory):
         patch.setattr(inception, "_inception_v3", remember)
         patch.setattr(inception, "load_state_dict_from_url", no_download)
         model = inception.fid_inception_v3()
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    folder = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / inception.FID_WEIGHTS_URL.rpartition("/")[2]
     torch.save(model.state_dict(), path)
     return path
 
@@ -377,7 +524,7 @@ def test_inception_is_pytorch_fids_on_a_folder_of_pictures(tmp_path, inception_w
 
     network = load_features(None, (1, 20, 20), inception_weights=inception_weights)
     assert network.name.startswith(f"{INCEPTION_NAME} with other weights ")
-    assert (network.dim, network.num_classes) == (2048, 0)
+    assert (network.dim, network.num_classes) == (2048, 1008)
     network.batch_size = 4
     ours = network(images.float() / 255)
     spread = theirs.std(axis=0).mean()
@@ -395,10 +542,68 @@ def test_inception_is_pytorch_fids_on_a_folder_of_pictures(tmp_path, inception_w
 
     assert distance(theirs) > 0
     assert distance(ours) == pytest.approx(distance(theirs), rel=1e-3)
-    with pytest.raises(EbmPriorError, match="no class probabilities"):
-        network.probabilities(images[:1])
+    # Classes: pytorch-fid's network leaves out this layer of the same file.
+    logits = torch.from_numpy(theirs) @ state["fc.weight"].double().T
+    probabilities = network.classify(ours)
+    torch.testing.assert_close(probabilities, logits.softmax(1), rtol=1e-3, atol=0)
+    assert (network.num_classes, network.knows_data) == (1008, False)
     with pytest.raises(EbmPriorError, match="2 channels"):
         network(torch.zeros(1, 2, 20, 20))
+
+
+FID = """
+import runpy
+from ebm_prior.torchvision_compat import import_torchvision
+import_torchvision()  # or it does not import beside a CPU-only torch
+runpy.run_module("pytorch_fid", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_pictures_measure_as_by_pytorch_fids_command_line(tmp_path, inception_weights):
+    from click.testing import CliRunner
+    from PIL import Image
+
+    from ebm_prior.cli import main
+
+    for name, dim in (("a", 1), ("b", 3)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(bytes_images(24, 32, 32, 3, seed=dim) // dim):
+            Image.fromarray(image.numpy()).save(tmp_path / name / f"{i:02}.png")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    environment = os.environ | {"TORCH_HOME": str(inception_weights.parents[2])}
+
+    command = [sys.executable, "-c", FID, a, b, "--device", "cpu", "--num-workers", "0"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    theirs = float(process.stdout.split("FID:")[1])
+    # The score from pytorch-fid's own network, whose classes tell these pictures apart:
+    # random directions less their share along the mean, or all were of one class.
+    from pytorch_fid import fid_score, inception
+
+    state = torch.load(inception_weights, weights_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
+        model = inception.InceptionV3([3])
+    files = sorted((tmp_path / "a").glob("*.png"))
+    features = torch.from_numpy(fid_score.get_activations(files, model, 24, num_workers=0))
+    mean = torch.nn.functional.normalize(features.mean(0), dim=0)
+    classes = normal(1008, 2048)
+    classes -= torch.outer(classes @ mean, mean)
+    state["fc.weight"] = (classes * 3 / (features @ classes.T).std()).float()
+    torch.save(state, tmp_path / "weights.pth")
+    probabilities = (features @ state["fc.weight"].double().T).softmax(1)
+
+    arguments = ["evaluate", "images", a, "--reference", b, "--json"]
+    arguments += ["--inception-weights", str(tmp_path / "weights.pth")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert len(result.stderr.splitlines()) == 1  # 24 images, 2048 features
+    found = json.loads(result.stdout)
+    assert found["frechet"] == pytest.approx(theirs, rel=1e-3)
+    score = found["inception_score"], found["inception_score_std"]
+    assert score[0] > 1.1
+    assert score == pytest.approx(direct_inception_score(probabilities), rel=1e-3)
 
 
 def test_inception_without_weights_says_what_to_do(tmp_path, monkeypatch):

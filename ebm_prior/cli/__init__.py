@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -48,7 +50,9 @@ class Cli(click.Group):
         debug = len(args) < len(given)
         args = args or ["--help"]
         try:
-            code = super().main(args, standalone_mode=False, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = _one_line_each()
+                code = super().main(args, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)
         except click.ClickException as error:
             message, code = error.format_message(), error.exit_code
@@ -75,6 +79,19 @@ class Cli(click.Group):
             code = 1
         click.echo(f"Error: {' '.join(message.split())}", err=True)
         sys.exit(code)
+
+
+def _one_line_each() -> Callable[..., None]:
+    """Shows each warning once, as one line without the place in the code it comes from."""
+    shown = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = f"Warning: {' '.join(str(message).split())}"
+        if line not in shown:
+            click.echo(line, err=True)
+        shown.add(line)
+
+    return show
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})

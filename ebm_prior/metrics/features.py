@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,7 +42,8 @@ class FeatureNetwork(abc.ABC):
             networks with different weights have different names.
         dim: Number of features.
         image_shape: (C, H, W) it takes, or None for any size.
-        num_classes: Number of classes it tells apart, 0 if it is not a classifier.
+        num_classes: Number of classes that `classify` tells apart, 0 if it does not classify.
+        knows_data: Whether these are the classes of the data that it measures.
         device: Where it runs; features come back on the CPU.
     """
 
@@ -50,6 +51,7 @@ class FeatureNetwork(abc.ABC):
     dim: int
     image_shape: tuple[int, int, int] | None = None
     num_classes: int = 0
+    knows_data: bool = True
     device: torch.device
     batch_size: int = 250
 
@@ -57,9 +59,14 @@ class FeatureNetwork(abc.ABC):
     def _forward(self, images: Tensor) -> Tensor:
         """Features (B, dim) of float images (B, C, H, W) in [0, 1], on `device`."""
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of any number of images, computed in batches.
+        """Features of any number of images, (B, dim); see `batches`."""
+        batches = list(self.batches(images))
+        return torch.cat(batches) if batches else torch.empty(0, self.dim, dtype=torch.float64)
+
+    @torch.no_grad()
+    def batches(self, images: Tensor) -> Iterator[Tensor]:
+        """Features of any number of images, batch by batch.
 
         Float images are rounded to 8 bits first: the number is then that of the saved
         picture files, and generated images are treated as the reference's are.
@@ -67,8 +74,8 @@ class FeatureNetwork(abc.ABC):
         Args:
             images: (B, C, H, W), uint8, or floats in [0, 1].
 
-        Returns:
-            (B, dim), float64, on the CPU.
+        Yields:
+            (b, dim), float64, on the CPU.
 
         Raises:
             EbmPriorError: If the shape does not fit, or values are NaN or out of range.
@@ -83,11 +90,10 @@ class FeatureNetwork(abc.ABC):
                 "python -m ebm_prior.metrics.classifier"
             )
         # Shown only on a terminal and only once it has taken two seconds.
-        progress = tqdm(
+        for x in tqdm(
             images.split(self.batch_size), desc="features", delay=2, leave=False, disable=None
-        )
-        batches = [self._forward(_quantize(x).to(self.device)).cpu().double() for x in progress]
-        return torch.cat(batches) if batches else torch.empty(0, self.dim, dtype=torch.float64)
+        ):
+            yield self._forward(_quantize(x).to(self.device)).cpu().double()
 
     def classify(self, features: Tensor) -> Tensor:
         """Class probabilities (B, num_classes), float64, of features (B, dim).
@@ -228,7 +234,10 @@ def _check_metadata(metadata: Any, wrong: str) -> dict[str, Any]:  # noqa: ANN40
 class InceptionFeatures(FeatureNetwork):
     """pytorch-fid's InceptionV3, final average pooling: the features of published FIDs.
 
-    Grey images are repeated to three channels, as pytorch-fid does with grey files.
+    Grey images are repeated to three channels, as pytorch-fid does with grey files. Its
+    classes are ImageNet's and 8 that are never used; their logits are taken without the
+    bias, as by the first inception score (Salimans et al., 2016) and by torch-fidelity
+    ("logits_unbiased").
 
     Args:
         weights: State dict as pytorch-fid downloads it
@@ -241,6 +250,8 @@ class InceptionFeatures(FeatureNetwork):
     """
 
     dim = 2048
+    num_classes = 1008
+    knows_data = False
     batch_size = 50
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):
@@ -265,6 +276,11 @@ class InceptionFeatures(FeatureNetwork):
                 ) from error
         self.device = torch.device(device)
         self._network = network.to(self.device).eval()
+        self._classes = state["fc.weight"].double()  # which pytorch-fid's own network drops
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Class probabilities (B, 1008), float64, of features (B, 2048)."""
+        return (features.double() @ self._classes.T).softmax(1)
 
     def _forward(self, images: Tensor) -> Tensor:
         if images.shape[1] == 1:

@@ -1,4 +1,8 @@
-"""Precision, recall and the spread over classes: what a Fréchet distance mixes into one number."""
+"""Precision, recall, density, coverage and the spread over classes: what a Fréchet distance mixes.
+
+The manifold of a set is the union of balls around its points, each reaching to the point's
+k-th nearest neighbour in the set.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,14 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["PrecisionRecall", "class_entropy", "precision_recall"]
+__all__ = [
+    "MIN_IMAGES", "Manifold", "PrecisionRecall", "class_counts", "class_entropy",
+    "entropy_of_counts", "manifold_overlap", "precision_recall",
+]  # fmt: skip
+
+PRECISION_K, DENSITY_K = 3, 5  # those of the two papers
+MIN_IMAGES = max(PRECISION_K, DENSITY_K) + 1
+WORKING_MEMORY = 128  # MiB, of a block of distances
 
 
 class PrecisionRecall(NamedTuple):
@@ -25,28 +36,57 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(
-    reference: Tensor, samples: Tensor, *, k: int = 3, max_images: int = 10_000, seed: int = 0
-) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-2).
+class Manifold(NamedTuple):
+    """How two sets of features overlap.
 
-    The manifold of a set is the union of balls around its points, each reaching to the
-    point's k-th nearest neighbour in the set. Both sets are cut to the same size, as in the
-    paper: radii shrink as a set grows.
+    Attributes:
+        precision: Share of samples that lie on the reference's manifold.
+        recall: Share of reference images that lie on the samples' manifold.
+        density: Number of reference balls that a sample lies in, on average, divided by k:
+            about 1 where both sets are drawn alike, more where samples crowd.
+        coverage: Share of reference balls that hold a sample.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifold_overlap(
+    reference: Tensor,
+    samples: Tensor,
+    *,
+    k: int = PRECISION_K,
+    density_k: int = DENSITY_K,
+    max_images: int = 10_000,
+    seed: int = 0,
+) -> Manifold:
+    """Precision and recall, density and coverage, from one pass over the distances.
+
+    Improved precision and recall (Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-2);
+    density and coverage (Naeem et al., 2020, arXiv:2002.09797, Eq. 3-4), whose balls are the
+    reference's alone, so that one stray sample does not count for much. Both sets are cut to
+    the same size: radii shrink as a set grows.
 
     Args:
         reference: Features (N, dim).
         samples: Features (M, dim).
-        k: Neighbours.
+        k: Neighbours for precision and recall.
+        density_k: Neighbours for density and coverage.
         max_images: Largest number of images of either set; memory is bounded, time quadratic.
         seed: Of the random choice of images from the larger set.
 
     Raises:
-        EbmPriorError: If a set has no more than k images.
+        EbmPriorError: If a set has no more images than neighbours are needed.
     """
-    size = min(len(reference), len(samples), max_images)
-    if size <= k:
-        raise EbmPriorError(f"precision and recall with k={k} need more than {k} images each")
+    from sklearn.metrics import pairwise_distances_chunked
+
+    size, most = min(len(reference), len(samples), max_images), max(k, density_k)
+    if size <= most:
+        raise EbmPriorError(
+            f"manifolds of the {most} nearest neighbours need more than {most} images each"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def subset(x: Tensor) -> np.ndarray:
@@ -58,26 +98,57 @@ def precision_recall(
     # Distances come from a matrix product, |a|^2 - 2ab + |b|^2: keep the norms small.
     centre = real.mean(axis=0)
     real, fake = real - centre, fake - centre
-    return PrecisionRecall(_share_inside(fake, real, k), _share_inside(real, fake, k))
+    real_radii, dense_radii = _radii(real, (k, density_k))
+    (fake_radii,) = _radii(fake, (k,))
+
+    recalled = np.zeros(size, dtype=bool)
+    nearest = np.full(size, np.inf)  # sample, of every reference image
+
+    def reduce(distances: np.ndarray, start: int) -> np.ndarray:
+        """Of some samples: whether in any ball, and in how many of the wider ones."""
+        own = fake_radii[start : start + len(distances), None]
+        np.logical_or(recalled, (distances <= own).any(axis=0), out=recalled)
+        np.minimum(nearest, distances.min(axis=0), out=nearest)
+        precise = (distances <= real_radii).any(axis=1)
+        return np.stack([precise, (distances <= dense_radii).sum(axis=1)], axis=1)
+
+    blocks = pairwise_distances_chunked(
+        fake, real, reduce_func=reduce, working_memory=WORKING_MEMORY
+    )
+    precise, balls = np.concatenate(list(blocks)).T
+    return Manifold(
+        precision=float(precise.mean()),
+        recall=float(recalled.mean()),
+        density=float(balls.mean() / density_k),
+        coverage=float((nearest <= dense_radii).mean()),
+    )
 
 
-def _share_inside(queries: np.ndarray, points: np.ndarray, k: int) -> float:
-    """Share of queries within the ball of at least one of the points."""
-    from sklearn.metrics import pairwise_distances_chunked
+def _radii(points: np.ndarray, ks: tuple[int, ...]) -> list[np.ndarray]:
+    """Distance of every point to its k-th nearest neighbour among the others, for each k."""
     from sklearn.neighbors import NearestNeighbors
 
     # Without an argument, kneighbors() leaves each point itself out.
-    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points)
-    radii = neighbours.kneighbors()[0][:, -1]
+    neighbours = NearestNeighbors(n_neighbors=max(ks), algorithm="brute").fit(points)
+    distances = neighbours.kneighbors()[0]
     # The product's rounding error: two equal points may come out this far apart.
-    radii = radii + 1e-7 * np.linalg.norm(points, axis=1).max()
-    inside = pairwise_distances_chunked(
-        queries,
-        points,
-        reduce_func=lambda distances, _: (distances <= radii).any(axis=1),
-        working_memory=128,  # MiB
+    slack = 1e-7 * np.linalg.norm(points, axis=1).max()
+    return [distances[:, k - 1] + slack for k in ks]
+
+
+def precision_recall(
+    reference: Tensor,
+    samples: Tensor,
+    *,
+    k: int = PRECISION_K,
+    max_images: int = 10_000,
+    seed: int = 0,
+) -> PrecisionRecall:
+    """Precision and recall alone; arguments as for `manifold_overlap`."""
+    found = manifold_overlap(
+        reference, samples, k=k, density_k=k, max_images=max_images, seed=seed
     )
-    return float(np.concatenate(list(inside)).mean())
+    return PrecisionRecall(found.precision, found.recall)
 
 
 def class_entropy(probabilities: Tensor) -> float:
@@ -86,6 +157,15 @@ def class_entropy(probabilities: Tensor) -> float:
     Args:
         probabilities: Class probabilities of samples, (N, classes).
     """
-    classes = probabilities.shape[1]
-    share = torch.bincount(probabilities.argmax(1), minlength=classes) / len(probabilities)
+    return entropy_of_counts(class_counts(probabilities))
+
+
+def class_counts(probabilities: Tensor) -> Tensor:
+    """How often each class is the likeliest: (classes,)."""
+    return torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
+
+
+def entropy_of_counts(counts: Tensor) -> float:
+    """Entropy of a histogram, nats."""
+    share = counts / counts.sum()
     return torch.special.entr(share.double()).sum().item()

@@ -1,0 +1,114 @@
+"""Features of finished batches on disk, so that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ebm_prior._version import __version__
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.files import CannotWriteError, write_bytes
+from ebm_prior.interrupt import Interrupted
+from ebm_prior.metrics import FeatureNetwork
+from ebm_prior.metrics.frechet import compact
+from ebm_prior.prior import EnergyPrior, SamplerConfig
+
+__all__ = ["FeatureCache"]
+
+
+class FeatureCache:
+    """A folder with one file per finished batch; as a context, deleted once all is done.
+
+    The folder's name is a hash of what a batch depends on besides its seeds: weights of heads
+    and backbone (readjusted batch-norm statistics too), sampler, temperature, features,
+    device and versions. A file's name is the batch's seeds.
+
+    Args:
+        root: Where to create the folder.
+        prior: Heads and backbone as they sample.
+        config: Transition, steps and step size.
+        temperature: Of both priors.
+        network: Feature network.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        prior: EnergyPrior,
+        config: SamplerConfig,
+        temperature: float,
+        network: FeatureNetwork,
+    ) -> None:
+        backbone = prior.backbone
+        what = [
+            _sha256(prior), backbone.name, backbone.sha256, asdict(config), temperature,
+            network.name, str(network.device), str(backbone.device), __version__,
+            torch.__version__,
+        ]  # fmt: skip
+        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        self.folder = Path(root) / f"evaluate-{key}"
+        self.writable = True
+
+    def __enter__(self) -> FeatureCache:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # the folder of others' state, too, or never created
+                self.folder.parent.rmdir()
+        elif kind is KeyboardInterrupt and self.folder.is_dir():
+            raise Interrupted(
+                "interrupted; the same command goes on from the batches that are finished "
+                f"(in {self.folder})"
+            )
+
+    def _path(self, seeds: range) -> Path:
+        return self.folder / f"{seeds[0]}-{seeds[-1]}.safetensors"
+
+    def has(self, seeds: range) -> bool:
+        """Whether the batch with these seeds is finished."""
+        return self._path(seeds).is_file()
+
+    def load(self, seeds: range) -> tuple[Tensor, Tensor]:
+        """Features of the Gaussian's and the energy prior's samples, (B, dim), float64."""
+        path = self._path(seeds)
+        try:
+            found = load_file(path)
+            pair = found["gaussian"].double(), found["energy"].double()
+        except (SafetensorError, OSError, KeyError) as error:
+            raise EbmPriorError(f"{path} is damaged or gone; delete {self.folder}") from error
+        if not all(x.ndim == 2 and len(x) == len(seeds) for x in pair):
+            raise EbmPriorError(f"{path} is damaged; delete {self.folder}")
+        return pair
+
+    def save(self, seeds: range, gaussian: Tensor, energy: Tensor) -> None:
+        """Keep a finished batch; where that cannot be, warn once and go on without."""
+        if not self.writable:
+            return
+        pair = {"gaussian": compact(gaussian), "energy": compact(energy)}
+        try:
+            write_bytes(self._path(seeds), save(pair))
+        except CannotWriteError as error:
+            self.writable = False
+            warnings.warn(f"an interruption will lose all samples: {error}", stacklevel=2)
+
+
+def _sha256(module: torch.nn.Module) -> str:
+    """Hash of every parameter and buffer, also of those that no checkpoint holds."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

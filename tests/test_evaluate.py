@@ -1,0 +1,326 @@
+"""`ebm-prior evaluate`: reference statistics, pictures, repeats, and going on after a kill."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from backbones.toy import ToyBackbone
+from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, load_backbone
+from ebm_prior.card import model_card
+from ebm_prior.cli import main
+from ebm_prior.evaluate import evaluate
+from ebm_prior.feature_cache import FeatureCache
+from ebm_prior.interrupt import Interrupted
+from ebm_prior.metrics import FeatureStatistics, compare, load_features
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    if code:
+        lines = result.stderr.splitlines()
+        assert [line.startswith("Error: ") for line in lines].count(True) == 1
+        return lines[-1]
+    return result.stdout
+
+
+def world_in(root):
+    """Heads on a toy backbone, saved, with images in the forms that exist."""
+    torch.manual_seed(0)
+    settings = {"top": 2, "bottom": 3, "size": 8}
+    (root / "toy.json").write_text(json.dumps(settings))
+    toy = ToyBackbone(**settings)
+    z = toy.transform([0.5 * torch.randn(300, *g.shape) for g in toy.groups])
+    x = (toy.decode(z).mean * 255).round().to(torch.uint8).squeeze(1).numpy()
+    np.savez(root / "x.npz", x_train=x[:200], x_test=x[200:])
+    backbone = load_backbone("toy", root / "toy.json")
+    EnergyPrior.for_backbone(
+        backbone, heads="joint", nef=4, ndf=8, sampler=SamplerConfig("pcnl", 3, 0.5)
+    ).save_pretrained(root / "heads")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    world_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+EVALUATE = ["evaluate", "--heads", "heads", "--ckpt", "toy.json", "--data", "x.npz", "-n", 120]
+
+
+def test_a_statistics_file_takes_the_place_of_the_test_images(world):
+    direct = json.loads(run(*EVALUATE, "--json"))
+    out = run("evaluate", "stats", "--data", "x.npz", "--out", "test.npz")
+    assert out == "100 images, features: digits classifier (64) -> test.npz\n"
+    assert json.loads(run(*EVALUATE, "--reference", "test.npz", "--json")) == direct
+    assert direct["reference_images"] == 100
+    run("evaluate", "stats", "--data", "x.npz", "--out", "train.npz", "--split", "train")
+    other = json.loads(run(*EVALUATE, "--reference", "train.npz", "--json"))
+    assert other["reference_images"] == 200 and other["energy"] != direct["energy"]
+    assert not (world / "heads" / "state").exists()
+
+
+def test_statistics_that_do_not_fit_are_refused(world):
+    network = load_features("digits")
+    wide = FeatureStatistics.from_images(torch.zeros(9, 1, 8, 8), network)
+    object.__setattr__(wide, "image_shape", (3, 32, 32))
+    wide.save("wide.npz")
+    assert "3x32x32" in run(*EVALUATE, "--reference", "wide.npz", code=1)
+    other = FeatureStatistics.from_features(torch.randn(99, 64), "MNIST classifier (64)")
+    other.save("other.npz")
+    line = run(*EVALUATE, "--reference", "other.npz", code=1)
+    assert "'MNIST classifier (64)', not of 'digits classifier (64)'" in line
+    line = run("evaluate", "images", "x.npz", "--reference", "other.npz", code=1)
+    assert "'MNIST classifier (64)'" in line
+    assert "no such file" in run(*EVALUATE, "--reference", "gone.npz", code=1)
+    assert "holds no feature statistics" in run(*EVALUATE, "--reference", "x.npz", code=1)
+
+
+def test_plain_statistics_show_dashes(world, monkeypatch):
+    class Plain:
+        name, num_classes, dim = "pytorch-fid InceptionV3 (64)", 0, 64
+        device = torch.device("cpu")
+
+        def __call__(self, images):
+            return images.flatten(1).double()
+
+    monkeypatch.setattr("ebm_prior.metrics.load_features", lambda *_, **__: Plain())
+    test = torch.from_numpy(np.load("x.npz")["x_test"])
+    whole = FeatureStatistics.from_features(test.flatten(1), "any")
+    np.savez("fid.npz", mu=whole.mean, sigma=whole.cov)
+    text = run(*EVALUATE, "--reference", "fid.npz")
+    assert [row.split()[-6:] for row in text.splitlines()[1:4]] == [["-"] * 6] * 3
+    assert "against held-out images" in text
+    line = run(*EVALUATE, "--reference", "fid.npz", "--record", code=1)
+    assert "evaluate stats" in line
+
+
+@pytest.mark.parametrize("form", ["", ".zip", ".npz"])
+def test_pictures_that_exist_are_measured(world, form):
+    sample = ["sample", "--heads", "heads", "--ckpt", "toy.json", "--seeds", "0-119"]
+    run(*sample, "--out", f"s{form}")
+    direct = json.loads(run(*EVALUATE, "--json"))["energy"]
+    found = json.loads(run("evaluate", "images", f"s{form}", "--reference", "x.npz", "--json"))
+    assert found.pop("reference_images") == 100  # the test images
+    assert found.pop("features") == direct.pop("features")
+    assert found == pytest.approx(direct, rel=1e-6)  # all 120, of a source without parts
+    run("evaluate", "stats", "--data", f"s{form}", "--out", "s-stats.npz")
+    text = run("evaluate", "images", f"s{form}", "--reference", "s-stats.npz")
+    numbers = text.splitlines()[1].split()
+    assert numbers[:4] == [f"s{form}", "0.00", "1.000", "1.000"]
+    assert "120 images against 120 reference images; features: digits classifier (64)" in text
+
+
+def test_pictures_that_do_not_fit_are_refused(world):
+    np.savez("big.npz", images=np.zeros((20, 9, 9), np.uint8))
+    images = ["evaluate", "images"]
+    line = run(*images, "x.npz", "--reference", "big.npz", code=1)
+    assert "1x9x9 but 1x8x8 is needed" in line
+    found = json.loads(
+        run(*images, "x.npz", "--reference", "big.npz", "--resize", "--split", "train", "--json")
+    )
+    assert found["reference_images"] == 18
+    run("evaluate", "stats", "--data", "x.npz", "--out", "s.npz")
+    assert "statistics" in run(*images, "x.npz", "--reference", "s.npz", "--resize", code=2)
+    assert "gone" in run(*images, "gone", "--reference", "s.npz", code=1)
+    np.savez("few.npz", images=np.zeros((4, 8, 8), np.uint8))
+    line = run(*images, "few.npz", "--reference", "s.npz", code=1)
+    assert "4 samples are too few to measure; give at least 6" in line
+    assert "-n goes after images" in run("evaluate", "-n", 9, *images[1:], "x.npz", code=2)
+    assert ".npz" in run("evaluate", "stats", "--data", "x.npz", "--out", "s.txt", code=1)
+
+
+def test_bad_numbers_of_images(world):
+    assert "-n" in run("evaluate", "-n", 1, code=2)
+    assert "5 samples are too few" in run(*EVALUATE[:-1], 5, code=1)
+    assert "--repeats" in run("evaluate", "--repeats", 0, code=2)
+    result = CliRunner().invoke(main, list(map(str, [*EVALUATE[:-1], 30])))
+    warnings = [x for x in result.stderr.splitlines() if x.startswith("Warning: ")]
+    assert warnings == [
+        "Warning: 30 images for 64 features: the covariance is singular and the Fréchet distance "
+        "much too large; compare it only with one from as many images"
+    ]
+    assert "Warning" not in CliRunner().invoke(main, list(map(str, EVALUATE))).stderr
+
+
+def test_nan_features_are_named(world, monkeypatch):
+    network = load_features("digits")
+    forward = network._forward
+
+    def broken(images):
+        features = forward(images)
+        features[3] = torch.nan
+        return features
+
+    monkeypatch.setattr(network, "_forward", broken)
+    monkeypatch.setattr("ebm_prior.metrics.load_features", lambda *_, **__: network)
+    line = run(*EVALUATE, code=1)
+    assert "1 of 100 images have NaN or infinite features" in line
+
+
+def test_repeats_are_runs_with_the_next_seeds(world):
+    found = json.loads(run(*EVALUATE, "--repeats", 3, "--json"))
+    single = [json.loads(run(*EVALUATE, "--seed", r * 120, "--json")) for r in range(3)]
+    assert found["runs"] == single
+    for name, key in (("energy", "frechet"), ("gaussian", "coverage"), ("energy", "entropy")):
+        values = [run[name][key] for run in single]
+        assert found[name][key] == pytest.approx(statistics.fmean(values))
+        assert found["std"][name][key] == pytest.approx(statistics.stdev(values))
+    assert found["std"]["gap_closed"] > 0 and found["energy"]["n"] == 120
+    text = run(*EVALUATE, "--repeats", 3)
+    mean, std = (x["energy"]["frechet"] for x in (found, found["std"]))
+    assert f"{mean:.2f} ± {std:.2f}" in text and "of 3 runs" in text
+
+
+def test_what_is_recorded_reproduces_from_the_card(world):
+    run("evaluate", "stats", "--data", "x.npz", "--out", "test.npz")
+    run(*EVALUATE, "--reference", "test.npz", "--repeats", 2, "--record")
+    config = json.loads(Path("heads/config.json").read_text())
+    card = model_card(config)
+    assert "--reference test.npz --repeats 2" in card and "Means of 2 runs." in card
+    recorded = config["training"]["evaluation"]
+    assert f"| energy prior | {recorded['energy']['frechet']:.2f} |" in card
+    for key, value in (("runs", "x"), ("reference", 3)):
+        config["training"]["evaluation"] = recorded | {key: value}
+        assert "--reference" not in model_card(config)
+
+
+# -- interruptions --------------------------------------------------------------------------------
+
+COMMAND = [*EVALUATE[:-1], "300", "--batch-size", "20", "--steps", "20", "--json"]
+
+
+def batches(world):
+    return list(world.glob("heads/state/evaluate-*/*.safetensors"))
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(world):
+    whole = run(*COMMAND)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ebm_prior", *COMMAND], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(batches(world)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = len(batches(world))
+    assert 3 <= kept < 15
+    result = CliRunner().invoke(main, COMMAND)
+    assert f"{kept} of 15 batches were finished before" in result.stderr
+    assert result.stdout == whole
+    assert not (world / "heads" / "state").exists()
+
+
+def stop_after(monkeypatch, count, error=KeyboardInterrupt):
+    """Make a count of batches, then stop."""
+    save = FeatureCache.save
+
+    def counting(self, *args):
+        save(self, *args)
+        if len(list(self.folder.iterdir())) == count:
+            raise error
+
+    monkeypatch.setattr(FeatureCache, "save", counting)
+
+
+def test_ctrl_c_says_how_to_go_on(world, monkeypatch):
+    whole = run(*COMMAND)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        line = run(*COMMAND, code=1)
+    assert "the same command goes on" in line and "heads/state/evaluate-" in line
+    # Other settings do not take these batches; repeats, whose first run it is, do.
+    result = CliRunner().invoke(main, [*COMMAND, "--steps", "21"])
+    assert result.exit_code == 0 and "finished before" not in result.stderr
+    assert len(batches(world)) == 4
+    result = CliRunner().invoke(main, [*COMMAND, "--repeats", "2"])
+    assert "4 of 15 batches were finished before" in result.stderr
+    assert json.loads(result.stdout)["runs"][0] == json.loads(whole)
+    assert not batches(world)
+
+
+def test_the_cache_tells_apart_all_that_samples_depend_on(world, toy, tmp_path):
+    network = load_features("digits")
+    config = SamplerConfig("pcnl", 3, 0.5)
+
+    def folder(prior, config=config, temperature=1.0, network=network):
+        return FeatureCache(tmp_path, prior, config, temperature, network).folder
+
+    prior = EnergyPrior.for_backbone(toy)
+    first = folder(prior)
+    assert folder(prior) == first
+    others = {
+        folder(prior, temperature=0.9),
+        folder(prior, config=SamplerConfig("pcnl", 4, 0.5)),
+        folder(prior, config=SamplerConfig("langevin", 3, 0.5)),
+        folder(prior, network=load_features("mnist")),
+        folder(EnergyPrior.for_backbone(toy)),  # other weights
+    }
+    toy.register_buffer("statistics", torch.zeros(2), persistent=False)  # as --readjust-bn
+    others.add(folder(prior))
+    toy.statistics += 1
+    others.add(folder(prior))
+    assert len(others | {first}) == 8
+
+
+def small(world):
+    backbone = load_backbone("toy", world / "toy.json")
+    prior = EnergyPrior.from_pretrained(world / "heads", backbone=backbone)
+    x = np.load(world / "x.npz")
+    train, test = (torch.from_numpy(x[k])[:, None] for k in ("x_train", "x_test"))
+    return SimpleNamespace(prior=prior, train=train, test=test, network=load_features("digits"))
+
+
+def test_damaged_batches_are_refused_and_a_full_disk_is_survived(world, monkeypatch):
+    s = small(world)
+
+    def measure():
+        cache = FeatureCache(world / "c", s.prior, s.prior.sampler, 1.0, s.network)
+        with cache:
+            args = s.prior, s.test, s.train, s.network
+            return evaluate(*args, n=120, batch_size=30, cache=cache)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 2)
+        measure()
+    (path,) = world.glob("c/evaluate-*/0-29.safetensors")
+    good = path.read_bytes()
+    for bad in (b"", good[:-1], good[:100]):
+        path.write_bytes(bad)
+        with pytest.raises(EbmPriorError, match="damaged.*delete"):
+            measure()
+    path.write_bytes(good)
+    plain = evaluate(s.prior, s.test, s.train, s.network, n=120, batch_size=30)
+    assert measure() == plain
+    (world / "c").write_text("no folder")
+    with pytest.warns(UserWarning, match="will lose all samples: cannot write"):
+        assert measure() == plain
+
+
+def test_large_evaluations_keep_ten_thousand_features_at_most(world, monkeypatch):
+    """The distance is of all samples, the manifold of a part of them."""
+    s = small(world)
+    whole = evaluate(s.prior, s.test, s.train, s.network, n=150)
+    monkeypatch.setattr("ebm_prior.metrics.frechet.MAX_ROWS", 60)
+    part = evaluate(s.prior, s.test, s.train, s.network, n=150)
+    assert part.energy.frechet == pytest.approx(whole.energy.frechet, rel=1e-9)
+    assert part.energy.inception_score == whole.energy.inception_score
+    assert part.energy.entropy == whole.energy.entropy
+    assert part.energy.recall != whole.energy.recall and part.energy.n == 150
+    features = s.network(s.test)
+    kept = FeatureStatistics.from_features(features, s.network.name)
+    assert len(kept.rows) == 60 and len(kept.rows) < kept.n
+    assert compare(kept, features, s.network).frechet == pytest.approx(0, abs=1e-3)
