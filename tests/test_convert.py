@@ -119,7 +119,7 @@ def test_other_files_are_refused(backbone, theirs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", sorted(FIXTURES.iterdir()), ids=lambda p: p.name)
 def test_a_converted_backbone_is_the_same_network(folder, tmp_path):
     path = tmp_path / "backbone.safetensors"
-    path.write_bytes(to_safetensors(folder / "checkpoint.pt"))
+    path.write_bytes(to_safetensors("nvae", folder / "checkpoint.pt"))
     one = ebm_prior.load_backbone("nvae", folder / "checkpoint.pt")
     two = ebm_prior.load_backbone("nvae", path)
     assert one.groups == two.groups and one.dataset == two.dataset
@@ -131,7 +131,7 @@ def test_damaged_converted_backbones_are_refused(tmp_path):
     from safetensors.torch import save
 
     path = tmp_path / "backbone.safetensors"
-    data = to_safetensors(CKPT)
+    data = to_safetensors("nvae", CKPT)
     for content, message in (
         (save({"a": torch.zeros(1)}), "holds bare tensors"),
         (data[:-10], "is damaged"),
