@@ -250,16 +250,46 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     assert "backbone" in line
 
 
-def test_a_backbone_in_several_files_does_not_travel(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["biva_mnist", "hvae_mnist"])
+def test_a_backbone_in_several_files_travels_as_one(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    weights = CHECKPOINTS / "biva_mnist" / "model.pth"
-    backbone = ebm_prior.load_backbone("biva", weights)
-    EnergyPrior.for_backbone(backbone, heads="joint", nef=4, ndf=6).save_pretrained("heads")
-    push = ["push", "heads", REPO, "--no-pictures", "--with-backbone"]
-    push += ["--backbone-license", "apache-2.0", "--ckpt"]
-    assert "is no single file" in run(*push, weights.parent, code=1)
-    assert "not alone, the checkpoint" in run(*push, weights, code=1)
-    assert REPO not in hub.repos
+    shipped = CHECKPOINTS / name
+    run("push", shipped / "heads", REPO, "--no-pictures", "--with-backbone")
+    fresh_cache(monkeypatch, tmp_path)
+    run("pull", REPO, "--with-backbone", "--out", "pulled")
+    sample = ["sample", "--seeds", "0-3", "--steps", 3]
+    run(*sample, "--heads", shipped / "heads", "--ckpt", shipped, "--out", "a.npz")
+    run(*sample, "--heads", "pulled", "--out", "b.npz")  # no --ckpt
+    run(*sample, "--heads", "pulled", "--ckpt", shipped, "--out", "c.npz")
+    for other in ("b.npz", "c.npz"):
+        np.testing.assert_array_equal(pixels("a.npz"), pixels(other))
+    found = json.loads(run("info", "pulled", "--json"))
+    assert found["note"] is None and found["backbone"]["dataset"] == "mnist"
+    # heads fitted on the one file fit the folder, and nothing else of the family
+    backbone = ebm_prior.load_backbone(name.split("_")[0], "pulled/backbone.safetensors")
+    EnergyPrior.for_backbone(backbone, heads="joint", nef=4, ndf=6).save_pretrained("own")
+    run(*sample, "--heads", "own", "--ckpt", shipped, "--out", "d.npz")
+    run("push", "own", "user/own", "--no-pictures", "--with-backbone",
+        "--backbone-license", "mit", "--ckpt", "pulled/backbone.safetensors")  # fmt: skip
+    assert hub.files("user/own")["backbone.safetensors"] == hub.files(REPO)["backbone.safetensors"]
+
+
+def test_only_the_backbone_of_the_heads_is_pushed(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    push = ["push", CHECKPOINTS / "biva_mnist" / "heads", REPO, "--no-pictures", "--with-backbone"]
+    other = Path(__file__).parent / "fixtures/biva/binmnist_biva/ckpt_torch13_py37_format"
+    assert "is not the checkpoint" in run(*push, "--ckpt", other, code=1)
+    shutil.copytree(CHECKPOINTS / "biva_mnist", "mine")
+    config = json.loads(Path("mine/heads/config.json").read_text())
+    del config["backbone"]["license"]
+    Path("mine/heads/config.json").write_text(json.dumps(config))
+    card = json.loads(Path("mine/card.json").read_text())
+    Path("mine/card.json").write_text(json.dumps(card | {"sha256": "0" * 64}))
+    push[1] = "mine/heads"
+    assert "licence is not known" in run(*push, "--ckpt", "mine", code=1)
+    Path("mine/card.json").write_text(json.dumps(card))
+    run(*push, "--ckpt", "mine")
+    assert json.loads(hub.files(REPO)["config.json"])["backbone"]["license"] == "Apache-2.0"
 
 
 # -- the network fails ----------------------------------------------------------------------------
