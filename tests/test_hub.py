@@ -373,6 +373,81 @@ def test_nothing_is_half_visible_when_a_pull_fails(hub, world, tmp_path, fault):
     assert (tmp_path / "pulled" / "config.json").exists()
 
 
+class Shipped:
+    """Shipped heads, loaded once; what they draw."""
+
+    def __init__(self, folder):
+        self.folder = folder / "heads"
+        self.files = {p.name: p.read_bytes() for p in self.folder.iterdir()}
+        source = open_source(self.folder)
+        self.backbone = ebm_prior.load_backbone(
+            source.config["backbone"]["name"], source.checkpoint()
+        )
+        self.pixels = self.draw(source)
+
+    def draw(self, source):
+        prior = EnergyPrior.from_pretrained(source, backbone=self.backbone)
+        return prior.sample(2, steps=1, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=SHIPPED, ids=lambda p: p.name)
+def shipped(request):
+    return Shipped(request.param)
+
+
+@pytest.mark.parametrize("fault", cases(UPLOAD_CUTS)[:5])
+def test_the_line_goes_dead_while_shipped_heads_are_pushed(hub, shipped, fault):
+    push = ["push", shipped.folder, REPO, "--no-pictures"]
+    hub.faults = [Fault(fault.request, fault.cut, stays=True)]
+    assert "cannot be reached" in run(*push, code=1)
+    assert REPO not in hub.repos or set(hub.files(REPO)) == {".gitattributes"}
+    hub.faults = []
+    hub.requests.clear()
+    stored = len(hub.large)
+    run(*push)
+    assert len(hub.asked("PUT /lfs")) == len(hub.large) - stored  # only what was missing
+    assert len([ref for ref, _ in hub.repos[REPO].history if ref == "main"]) == 2
+    assert hub.files(REPO)["heads.safetensors"] == shipped.files["heads.safetensors"]
+    assert torch.equal(shipped.draw(REPO), shipped.pixels)
+
+
+@pytest.mark.parametrize(
+    ("request_", "cut"),
+    [
+        ("HEAD .*config.json", "answer"),
+        ("GET .*config.json", 0.5),
+        ("HEAD .*heads.safetensors", "answer"),
+        ("GET /cdn/", 0.2),
+        ("GET /cdn/", 0.9),
+    ],
+    ids=[*list(DOWNLOAD_CUTS)[:4], "most of the weights"],
+)
+def test_the_line_goes_dead_while_shipped_heads_are_pulled(
+    hub, shipped, tmp_path, monkeypatch, request_, cut
+):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    hub.put(REPO, shipped.files)
+    if cut != "answer":
+        name = "config.json" if "config" in request_ else "heads.safetensors"
+        cut = int(cut * len(shipped.files[name]))
+    out = tmp_path / "pulled"
+    hub.faults = [Fault(request_, cut, stays=True)]
+    assert "cannot be reached" in run("pull", REPO, "--out", out, code=1)
+    assert not out.exists() or not list(out.iterdir())
+    with pytest.raises(EbmPriorError, match="cannot be reached"):
+        shipped.draw(REPO)
+    # cut once and back again, the client goes on where it was
+    hub.faults, hub.ranges = [Fault(request_, cut)], []
+    run("pull", REPO, "--out", out)
+    assert not hub.faults[0].times
+    if "cdn" in request_:
+        assert hub.ranges == [f"bytes={cut // 10_000 * 10_000}-"]
+    for name in ("config.json", "heads.safetensors"):
+        assert (out / name).read_bytes() == shipped.files[name]
+    for source in (out, REPO):
+        assert torch.equal(shipped.draw(source), shipped.pixels)
+
+
 def test_no_network_at_all(hub, world, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
