@@ -41,10 +41,11 @@ def model_card(config: dict, repo_id: str | None = None, pictures: Collection[st
     parts = [
         _metadata(config, repo_id),
         _title(config),
-        _pictures(config, pictures),
+        _before_after(config, pictures),
         _usage(config, repo_id or "user/name"),
         _backbone(config),
         _results(config),
+        _chains(pictures),
         _reproduction(config, repo_id or "user/name", bool(pictures)),
         _limits(config),
     ]
@@ -139,36 +140,46 @@ Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}. Sampler: {samp
 `{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
 
 
-def _pictures(config: dict, pictures: Collection[str]) -> str:
-    from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
+def _before_after(config: dict, pictures: Collection[str]) -> str:
+    from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS
 
-    steps, shown = config["sampler"]["steps"], []
-    if BEFORE_AFTER in pictures:
-        shown.append(
-            f"![Samples before and after]({BEFORE_AFTER})\n\n*The same noise (seeds "
-            f"{CARD_SEEDS[0]} to {CARD_SEEDS[-1]}, none left out): the Gaussian prior, then "
-            f"{steps} steps of the energy prior.*"
-        )
-    if TRANSITION in pictures:
-        shown.append(
-            f"![Chains on their way]({TRANSITION})\n\n*The first eight chains: each column is "
-            "one, time runs downwards.*"
-        )
-    return "\n\n".join(shown)
+    if BEFORE_AFTER not in pictures:
+        return ""
+    return (
+        f"![Samples before and after]({BEFORE_AFTER})\n\n*The same noise (seeds "
+        f"{CARD_SEEDS[0]} to {CARD_SEEDS[-1]}, none left out): the Gaussian prior, then "
+        f"{config['sampler']['steps']} steps of the energy prior.*"
+    )
+
+
+def _chains(pictures: Collection[str]) -> str:
+    from ebm_prior.pictures import TRANSITION
+
+    if TRANSITION not in pictures:
+        return ""
+    return (
+        f"## Chains\n\n![Chains on their way]({TRANSITION})\n\n*Eight of the chains above: each "
+        "column is one, time runs downwards.*"
+    )
 
 
 def _checkpoint(config: dict) -> str:
     return config["backbone"].get("checkpoint") or "checkpoint.pt"
 
 
+def _ckpt(config: dict) -> str:
+    """Where a reader has the backbone after the commands of `_usage`."""
+    return f"heads/{BACKBONE}" if config["backbone"].get("converted") else _checkpoint(config)
+
+
 def _usage(config: dict, repo_id: str) -> str:
     backbone = config["backbone"]
+    ckpt = _ckpt(config)
     if backbone.get("converted"):
         fetch = f"ebm-prior pull {repo_id} --with-backbone --out heads\n"
-        ckpt, own, source = f"heads/{BACKBONE}", "", "heads"
+        own, source = "", "heads"
     else:
-        fetch, ckpt, source = "", _checkpoint(config), repo_id
-        own = f" --ckpt {shlex.quote(ckpt)}"
+        fetch, own, source = "", f" --ckpt {shlex.quote(ckpt)}", repo_id
     return f"""## Use
 
 ```bash
@@ -192,9 +203,8 @@ def _backbone(config: dict) -> str:
     lines = [
         "## Backbone",
         "",
-        "| | |",
-        "|---|---|",
         f"| family | {backbone['name']} |",
+        "|---|---|",
         f"| data set | {backbone.get('dataset') or 'not recorded'} |",
         f"| checkpoint | `{_checkpoint(config)}` |",
         f"| SHA-256 | `{backbone['sha256'] or 'none'}` |",
@@ -247,7 +257,7 @@ def _results(config: dict) -> str:
 def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
     from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
 
-    ckpt = shlex.quote(_checkpoint(config))
+    ckpt = shlex.quote(_ckpt(config))
     commands, remarks = [], ""
     if isinstance(config.get("training", {}).get("fit"), dict):
         command, unsettable = fit_command(config)
@@ -257,8 +267,8 @@ def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
     if pictures:
         commands.append(
             f"ebm-prior sample --heads {repo_id} --ckpt {ckpt} "
-            f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare "
-            f"--out {BEFORE_AFTER} --trajectory {TRANSITION}"
+            f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare \\\n"
+            f"    --out {BEFORE_AFTER} --trajectory {TRANSITION}"
         )
     if _evaluation(config):
         commands.append(evaluate_command(config, repo_id))
@@ -280,7 +290,7 @@ def fit_command(config: dict) -> tuple[str, list[str]]:
 
     training, heads, sampler = config["training"], config["heads"], config["sampler"]
     options = {parameter.name: parameter.opts[0] for parameter in fit.params}
-    args = ["--backbone", config["backbone"]["name"], "--ckpt", _checkpoint(config)]
+    args = ["--backbone", config["backbone"]["name"], "--ckpt", _ckpt(config)]
     data = training.get("data")
     if isinstance(data, dict):
         args += ["--data", str(data["source"])]
@@ -312,7 +322,7 @@ def fit_command(config: dict) -> tuple[str, list[str]]:
 def evaluate_command(config: dict, repo_id: str) -> str:
     """The command that repeats a recorded evaluation."""
     found, stored = _evaluation(config), config["sampler"]
-    args = ["--heads", repo_id, "--ckpt", _checkpoint(config), "-n", str(found["energy"]["n"])]
+    args = ["--heads", repo_id, "--ckpt", _ckpt(config), "-n", str(found["energy"]["n"])]
     if found.get("data") and found["data"] != config["backbone"].get("dataset"):
         args += ["--data", str(found["data"])]
     if found.get("features_option"):

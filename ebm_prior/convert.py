@@ -109,7 +109,7 @@ def to_safetensors(family: str, path: str | Path) -> bytes:
     names: dict[tuple, str] = {}
 
     def encode(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
             # a tensor under two names is stored once
             key = (value.data_ptr(), value.dtype, value.shape, value.stride())
             if key not in names or not value.numel():
@@ -130,7 +130,13 @@ def to_safetensors(family: str, path: str | Path) -> bytes:
 
     structure = json.dumps(encode(data))
     plain_state(tensors, Path(path))  # before copies are made of what may claim to be terabytes
-    return save({k: v.contiguous().clone() for k, v in tensors.items()}, {FORMAT_KEY: structure})
+    try:
+        return save(
+            {key: value.contiguous().clone() for key, value in tensors.items()},
+            {FORMAT_KEY: structure},
+        )
+    except Exception as error:  # kinds of numbers that safetensors lacks
+        raise EbmPriorError(f"{path} cannot be converted: {error}") from error
 
 
 def import_heads(path: str | Path, backbone: Backbone, sampler: SamplerConfig) -> EnergyPrior:

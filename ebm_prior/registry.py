@@ -66,14 +66,16 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
     except EbmPriorError:
         raise
     except Exception as error:  # an adapter, perhaps someone else's, that did not foresee it
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise EbmPriorError(
-            f"{path} cannot be loaded as {name}: {type(error).__name__}: {line}"
-        ) from error
+        raise _unforeseen(path, name, error) from error
     backbone.name = name
     backbone.checkpoint = str(path)
     backbone.sha256 = sha256_of_files(backbone.files) if backbone.files else sha256_of(path)
     return backbone
+
+
+def _unforeseen(path: object, name: str, error: Exception) -> EbmPriorError:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return EbmPriorError(f"{path} cannot be loaded as {name}: {type(error).__name__}: {line}")
 
 
 def detect_backbone(path: str | Path) -> str:
@@ -122,9 +124,14 @@ def read_contents(name: str, path: str | Path) -> Any:
         EbmPriorError: If it cannot be read.
     """
     contents = getattr(importlib.import_module(_find(name).module), "contents", None)
-    if contents is not None:
+    if contents is None:
+        return load_torch_file(path, allowed=[argparse.Namespace])
+    try:
         return contents(Path(path))
-    return load_torch_file(path, allowed=[argparse.Namespace])
+    except EbmPriorError:
+        raise
+    except Exception as error:  # as in `load_backbone`
+        raise _unforeseen(path, name, error) from error
 
 
 def find_trainer(name: str) -> Callable:

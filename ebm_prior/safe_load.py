@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
-MAX_STRUCTURE = 1 << 23  # characters of a converted checkpoint's structure; NVAE's has 0.1 MB
+MAX_STRUCTURE = 1 << 23  # characters of a converted checkpoint's structure; ours have 30 kB
 MAX_PICKLE = 1 << 18  # bytes of a plain pickle; the largest seen has a few kB
 MAX_DEPTH = 100  # of containers in containers; checkpoints have about ten
 MAX_SHOWN = 80  # characters of a value in a message

@@ -348,6 +348,22 @@ def test_tensors_that_claim_far_more_than_is_stored_are_not_converted(tmp_path):
         to_safetensors("nvae", tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.eye(3).to_sparse(),
+        torch.empty(3, device="meta"),
+        {1: 2},
+        {"a": b"bytes"},
+    ],
+    ids=["sparse", "meta", "numbered", "bytes"],
+)
+def test_what_has_no_form_in_safetensors_is_not_converted(tmp_path, value):
+    torch.save({"x": value}, tmp_path / "c.pt")
+    with pytest.raises(EbmPriorError, match="cannot be converted|not stored in full"):
+        to_safetensors("nvae", tmp_path / "c.pt")
+
+
 def test_tied_weights_stay_one(tmp_path):
     weight = torch.ones(5)
     torch.save({"a": weight, "b": weight}, tmp_path / "c.pt")

@@ -227,6 +227,9 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     Path("nvae/gone.json").rename("nvae/card.json")
     run(*push, "--with-backbone")
     assert "backbone.safetensors" in hub.files(REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    card.validate()
+    assert "ebm-prior fit --backbone nvae --ckpt heads/backbone.safetensors\n" in card.text
     sample = ["sample", "--seeds", "0-2", "--steps", 2]
     run(*sample, "--heads", "nvae/heads", "--ckpt", "nvae/checkpoint.pt", "--out", "a.npz")
     run(*sample, "--heads", REPO, "--out", "b.npz")  # no --ckpt
