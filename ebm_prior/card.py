@@ -58,10 +58,11 @@ def model_card(config: dict, repo_id: str | None = None, pictures: Collection[st
     parts = [
         _metadata(config, repo_id),
         _title(config),
-        _pictures(config, pictures),
+        _before_after(config, pictures),
         _usage(config, repo_id or "user/name"),
         _backbone(config),
         _results(config),
+        _chains(config, pictures),
         *_recorded(config, pictures),
         _reproduction(config, repo_id or "user/name", BEFORE_AFTER in pictures),
         _limits(config),
@@ -168,31 +169,43 @@ def picture_captions(config: dict) -> dict[str, str]:
     return {
         BEFORE_AFTER: f"The same noise (seeds {CARD_SEEDS[0]} to {CARD_SEEDS[-1]}, none left "
         f"out): the Gaussian prior, then {config['sampler']['steps']} steps of the energy prior.",
-        TRANSITION: "The first eight chains: each column is one, time runs downwards.",
+        TRANSITION: "Eight of the chains above: each column is one, time runs downwards.",
     }
 
 
-def _pictures(config: dict, pictures: Collection[str]) -> str:
-    titles = ("Samples before and after", "Chains on their way")
-    return "\n\n".join(
-        f"![{title}]({path})\n\n*{caption}*"
-        for title, (path, caption) in zip(titles, picture_captions(config).items(), strict=True)
-        if path in pictures
-    )
+def _before_after(config: dict, pictures: Collection[str]) -> str:
+    from ebm_prior.pictures import BEFORE_AFTER as PATH
+
+    if PATH not in pictures:
+        return ""
+    return f"![Samples before and after]({PATH})\n\n*{picture_captions(config)[PATH]}*"
+
+
+def _chains(config: dict, pictures: Collection[str]) -> str:
+    from ebm_prior.pictures import TRANSITION as PATH
+
+    if PATH not in pictures:
+        return ""
+    return f"## Chains\n\n![Chains on their way]({PATH})\n\n*{picture_captions(config)[PATH]}*"
 
 
 def _checkpoint(config: dict) -> str:
     return config["backbone"].get("checkpoint") or "checkpoint.pt"
 
 
+def _ckpt(config: dict) -> str:
+    """Where a reader has the backbone after the commands of `_usage`."""
+    return f"heads/{BACKBONE}" if config["backbone"].get("converted") else _checkpoint(config)
+
+
 def _usage(config: dict, repo_id: str) -> str:
     backbone = config["backbone"]
+    ckpt = _ckpt(config)
     if backbone.get("converted"):
         fetch = f"ebm-prior pull {repo_id} --with-backbone --out heads\n"
-        ckpt, own, source = f"heads/{BACKBONE}", "", "heads"
+        own, source = "", "heads"
     else:
-        fetch, ckpt, source = "", _checkpoint(config), repo_id
-        own = f" --ckpt {shlex.quote(ckpt)}"
+        fetch, own, source = "", f" --ckpt {shlex.quote(ckpt)}", repo_id
     return f"""## Use
 
 ```bash
@@ -216,9 +229,8 @@ def _backbone(config: dict) -> str:
     lines = [
         "## Backbone",
         "",
-        "| | |",
-        "|---|---|",
         f"| family | {backbone['name']} |",
+        "|---|---|",
         f"| data set | {backbone.get('dataset') or 'not recorded'} |",
         f"| checkpoint | `{_checkpoint(config)}` |",
         f"| SHA-256 | `{backbone['sha256'] or 'none'}` |",
@@ -298,14 +310,14 @@ def commands(config: dict, source: str, pictures: bool = True) -> list[str]:
     """
     from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
 
-    found = []
+    ckpt, found = shlex.quote(_ckpt(config)), []
     if isinstance(config.get("training", {}).get("fit"), dict):
         found.append(fit_command(config)[0])
     if pictures:
         found.append(
-            f"ebm-prior sample --heads {source} --ckpt {shlex.quote(_checkpoint(config))} "
-            f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare "
-            f"--out {BEFORE_AFTER} --trajectory {TRANSITION}"
+            f"ebm-prior sample --heads {source} --ckpt {ckpt} "
+            f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare \\\n"
+            f"    --out {BEFORE_AFTER} --trajectory {TRANSITION}"
         )
     if _evaluation(config):
         found.append(evaluate_command(config, source))
@@ -335,7 +347,7 @@ def fit_command(config: dict) -> tuple[str, list[str]]:
 
     training, heads, sampler = config["training"], config["heads"], config["sampler"]
     options = {parameter.name: parameter.opts[0] for parameter in fit.params}
-    args = ["--backbone", config["backbone"]["name"], "--ckpt", _checkpoint(config)]
+    args = ["--backbone", config["backbone"]["name"], "--ckpt", _ckpt(config)]
     data = training.get("data")
     if isinstance(data, dict):
         args += ["--data", str(data["source"])]
@@ -367,7 +379,7 @@ def fit_command(config: dict) -> tuple[str, list[str]]:
 def evaluate_command(config: dict, repo_id: str) -> str:
     """The command that repeats a recorded evaluation."""
     found, stored = _evaluation(config), config["sampler"]
-    args = ["--heads", repo_id, "--ckpt", _checkpoint(config), "-n", str(found["energy"]["n"])]
+    args = ["--heads", repo_id, "--ckpt", _ckpt(config), "-n", str(found["energy"]["n"])]
     if found.get("data") and found["data"] != config["backbone"].get("dataset"):
         args += ["--data", str(found["data"])]
     if found.get("features_option"):

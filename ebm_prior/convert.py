@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import EnergyHead
-from ebm_prior.registry import load_backbone
-from ebm_prior.safe_load import FORMAT_KEY, load_torch_file, plain_state, sha256_of
+from ebm_prior.registry import load_backbone, read_contents
+from ebm_prior.safe_load import FORMAT_KEY, Named, load_torch_file, plain_state, sha256_of
 
 if TYPE_CHECKING:
     from ebm_prior.backbone import Backbone
@@ -44,27 +44,21 @@ def converted_backbone(config: dict, path: Path) -> bytes:
         path: The checkpoint.
 
     Raises:
-        EbmPriorError: If it is another checkpoint, is not one file, or its licence is not
-            known to allow passing it on.
+        EbmPriorError: If it is another checkpoint, holds what cannot be converted, or its
+            licence is not known to allow passing it on.
     """
     backbone = config["backbone"]
-    if not path.is_file():
-        raise EbmPriorError(
-            f"{path} is no single file; only backbones that are one can be pushed, such as NVAE's"
-        )
-    sha256 = sha256_of(path)
-    converted = sha256 == backbone.pop("converted", {}).get("sha256")
-    if not converted and sha256 != backbone["sha256"]:
-        raise EbmPriorError(
-            f"{path} is not, or not alone, the checkpoint that the heads were fitted on"
-        )
+    original = load_backbone(backbone["name"], path)
+    converted = original.sha256 == backbone.pop("converted", {}).get("sha256")
+    if not converted and original.sha256 != backbone["sha256"]:
+        raise EbmPriorError(f"{path} is not the checkpoint that the heads were fitted on")
     licence = backbone.get("license") or recorded_license(path)
     if (licence or "").lower() not in OPEN:
         raise EbmPriorError(
             f"the backbone's licence is {licence or 'not known'}, which does not let anybody pass "
             "it on; state another with --backbone-license, or leave --with-backbone out"
         )
-    data = path.read_bytes() if converted else to_safetensors(path)
+    data = path.read_bytes() if converted else to_safetensors(backbone["name"], path)
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "backbone.safetensors"
         copy.write_bytes(data)
@@ -81,37 +75,49 @@ def converted_backbone(config: dict, path: Path) -> bytes:
 
 
 def recorded_license(path: Path) -> str | None:
-    """What the `card.json` beside a checkpoint says, if it is about this very file."""
+    """What the `card.json` beside a checkpoint says, if it is about this very one.
+
+    Of a folder it states the SHA-256 of one file inside, the weights.
+    """
+    folder = path if path.is_dir() else path.parent
     try:
-        card = json.loads((path.parent / "card.json").read_text())
-        return card["license"] if card["sha256"] == sha256_of(path) else None
+        card = json.loads((folder / "card.json").read_text())
+        files = [path] if path.is_file() else [f for f in folder.iterdir() if f.is_file()]
+        return card["license"] if card["sha256"] in map(sha256_of, files) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def to_safetensors(path: str | Path) -> bytes:
-    """A PyTorch checkpoint as a safetensors file that `load_torch_file` reads as the original.
+def to_safetensors(family: str, path: str | Path) -> bytes:
+    """A checkpoint, a file or a folder, as one safetensors file: tensors, and JSON for the rest.
 
-    What only resuming the training needs is left out.
+    `load_torch_file` reads it as what `registry.read_contents` found in the original. What
+    only resuming the training needs is left out.
+
+    Args:
+        family: One of `list_backbones()`.
+        path: The checkpoint.
 
     Raises:
-        EbmPriorError: If it holds anything but tensors, plain values, lists, tables and
-            argument lists.
+        EbmPriorError: If it holds anything but tensors, plain values, lists, tables, argument
+            lists and names.
     """
-    data = load_torch_file(path, allowed=[argparse.Namespace])
+    data = read_contents(family, path)
     if isinstance(data, Mapping):
         data = {key: value for key, value in data.items() if key not in TRAINING_ONLY}
     tensors: dict[str, Tensor] = {}
     names: dict[tuple, str] = {}
 
     def encode(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
             # a tensor under two names is stored once
             key = (value.data_ptr(), value.dtype, value.shape, value.stride())
             if key not in names or not value.numel():
                 names[key] = str(len(tensors))
-                tensors[names[key]] = value.detach().contiguous().clone()
+                tensors[names[key]] = value.detach()
             return {"tensor": names[key]}
+        if isinstance(value, Named):
+            return {"name": value.name}
         if isinstance(value, argparse.Namespace):
             return {"namespace": encode(vars(value))["table"]}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -122,9 +128,15 @@ def to_safetensors(path: str | Path) -> bytes:
             return {"value": value}
         raise EbmPriorError(f"{path} holds a {type(value).__name__}, which cannot be converted")
 
-    with torch.no_grad():
-        structure = json.dumps(encode(data))
-    return save(tensors, {FORMAT_KEY: structure})
+    structure = json.dumps(encode(data))
+    plain_state(tensors, Path(path))  # before copies are made of what may claim to be terabytes
+    try:
+        return save(
+            {key: value.contiguous().clone() for key, value in tensors.items()},
+            {FORMAT_KEY: structure},
+        )
+    except Exception as error:  # kinds of numbers that safetensors lacks
+        raise EbmPriorError(f"{path} cannot be converted: {error}") from error
 
 
 def import_heads(path: str | Path, backbone: Backbone, sampler: SamplerConfig) -> EnergyPrior:

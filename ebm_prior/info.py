@@ -12,7 +12,7 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.hub import is_hub_id, open_source
 from ebm_prior.registry import detect_backbone, load_backbone
-from ebm_prior.saved import CONFIG, WEIGHTS, count_weights
+from ebm_prior.saved import CONFIG, WEIGHTS, count_weights, fitted_on
 
 __all__ = ["backbone_info", "describe", "heads_info", "likelihood_name"]
 
@@ -92,7 +92,8 @@ def heads_info(
     """What heads are, how they are sampled, and which backbone they need.
 
     The backbone's file is optional: it is looked for at `ckpt`, then where a local folder
-    recorded it. A Hub repository does not choose which local files are read.
+    recorded it, then for the one that came with the heads. A Hub repository does not choose
+    which local files are read.
 
     Returns:
         `share` is the heads' parameters over the backbone's (the paper's Table 9), None where
@@ -106,8 +107,11 @@ def heads_info(
     config = found.config
     stored = config["backbone"]
     parameters = count_weights(found.weights())
+    path = ckpt
+    if ckpt is None and Path(source).is_dir():
+        path = stored.get("path") or (found.backbone() if "converted" in stored else None)
     described, note = _backbone_of_heads(
-        stored, backbone or stored["name"], ckpt, local=Path(source).is_dir()
+        stored, backbone or stored["name"], path, given=ckpt is not None
     )
     total = described["parameters"]
     return {
@@ -122,7 +126,7 @@ def heads_info(
 
 
 def _backbone_of_heads(
-    stored: dict, family: str, ckpt: str | None, local: bool
+    stored: dict, family: str, path: str | Path | None, given: bool
 ) -> tuple[dict, str | None]:
     """Facts about the backbone of heads, and what is missing from them."""
 
@@ -140,20 +144,19 @@ def _backbone_of_heads(
         "feature_shape": stored["feature_shape"],
         "parameters": optional("parameters", int),
     }
-    path = ckpt or (optional("path", str) if local else None)
     if path is None:
         return recorded, "where its checkpoint lies is not recorded; name it with --ckpt"
-    if ckpt is None and not Path(path).exists():
+    if not given and not Path(path).exists():
         return recorded, "its checkpoint is no longer there; name it with --ckpt"
     try:
-        found = backbone_info(load_backbone(family, path))
+        backbone = load_backbone(family, path)
     except EbmPriorError as error:
-        if ckpt is not None:
+        if given:
             raise
         return recorded, f"its checkpoint cannot be loaded: {error}"
-    if found["sha256"] != stored["sha256"]:
-        what = f"the file at {path} has SHA-256 {found['sha256'][:12]}..., so it is another one"
-        if ckpt is not None:
+    if not fitted_on(stored, backbone):
+        what = f"the file at {path} has SHA-256 {backbone.sha256[:12]}..., so it is another one"
+        if given:
             raise EbmPriorError(f"{what}; the heads need {stored['sha256'][:12]}...")
         return recorded, what
-    return {key: value for key, value in found.items() if key != "what"}, None
+    return {k: v for k, v in backbone_info(backbone).items() if k != "what"}, None

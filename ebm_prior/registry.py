@@ -6,25 +6,32 @@ adapters register in `pyproject.toml` exactly as a third party's would.
 The module that holds `load` may also hold `recognises(path) -> bool`, so that users need not
 name the family. It should be quick and must run nothing of the file; an exception counts as
 a no, and the first line of its docstring says what it looks for.
+
+A family whose checkpoints are not one file of `torch.save` each may also hold
+`contents(path) -> dict`: plain values and tensors that `ebm_prior.convert` makes one file of.
+Its `load` then gets them back from `load_torch_file` on that file.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import sha256_of, sha256_of_files
+from ebm_prior.safe_load import load_torch_file, sha256_of, sha256_of_files
 
 __all__ = [
     "check_device", "detect_backbone", "find_trainer", "list_backbones", "load_backbone",
+    "read_contents",
 ]  # fmt: skip
 
 ENTRY_POINT_GROUP = "ebm_prior.backbones"
@@ -59,14 +66,16 @@ def load_backbone(name: str, path: str | Path, device: str | torch.device = "cpu
     except EbmPriorError:
         raise
     except Exception as error:  # an adapter, perhaps someone else's, that did not foresee it
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise EbmPriorError(
-            f"{path} cannot be loaded as {name}: {type(error).__name__}: {line}"
-        ) from error
+        raise _unforeseen(path, name, error) from error
     backbone.name = name
     backbone.checkpoint = str(path)
     backbone.sha256 = sha256_of_files(backbone.files) if backbone.files else sha256_of(path)
     return backbone
+
+
+def _unforeseen(path: object, name: str, error: Exception) -> EbmPriorError:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return EbmPriorError(f"{path} cannot be loaded as {name}: {type(error).__name__}: {line}")
 
 
 def detect_backbone(path: str | Path) -> str:
@@ -106,6 +115,23 @@ def _first_line(function: Callable) -> str:
     """First line of a docstring as part of a sentence."""
     line = (inspect.getdoc(function) or "Its own files.").splitlines()[0]
     return (line[0].lower() + line[1:]).rstrip(".").replace("`", "")
+
+
+def read_contents(name: str, path: str | Path) -> Any:
+    """What a checkpoint of this family holds: plain values and tensors, nothing that can run.
+
+    Raises:
+        EbmPriorError: If it cannot be read.
+    """
+    contents = getattr(importlib.import_module(_find(name).module), "contents", None)
+    if contents is None:
+        return load_torch_file(path, allowed=[argparse.Namespace])
+    try:
+        return contents(Path(path))
+    except EbmPriorError:
+        raise
+    except Exception as error:  # as in `load_backbone`
+        raise _unforeseen(path, name, error) from error
 
 
 def find_trainer(name: str) -> Callable:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
@@ -30,6 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
+MAX_STRUCTURE = 1 << 23  # characters of a converted checkpoint's structure; ours have 30 kB
 MAX_PICKLE = 1 << 18  # bytes of a plain pickle; the largest seen has a few kB
 MAX_DEPTH = 100  # of containers in containers; checkpoints have about ten
 MAX_SHOWN = 80  # characters of a value in a message
@@ -220,35 +221,55 @@ def _load_converted(path: Path) -> Any:
             text = (file.metadata() or {}).get(FORMAT_KEY)
             if text is None:
                 raise EbmPriorError(f"{path} is no converted checkpoint: it holds bare tensors")
-            return _decode(json.loads(text), file)
+            if len(text) > MAX_STRUCTURE:
+                raise ValueError(f"its structure has {len(text)} characters")
+            tensors: dict[str, Tensor] = {}
+            data = _decode(json.loads(text), file, tensors)
+            if tensors.keys() != set(file.keys()):
+                raise ValueError("it holds tensors that its structure does not name")
+            return data
     except EbmPriorError:
         raise
-    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise EbmPriorError(f"{path} is damaged: {error}; fetch it again") from error
+    # Whatever fails, a kind of number that torch lacks included, the file is of no use.
+    except Exception as error:
+        line = printable(str(error))[: 2 * MAX_SHOWN]
+        raise EbmPriorError(f"{path} is damaged: {line}; fetch it again") from error
 
 
-def _decode(node: Any, file: Any) -> Any:
+def _decode(node: Any, file: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     ((kind, value),) = node.items() if isinstance(node, dict) else (("", None),)
+    if depth > MAX_DEPTH:
+        raise ValueError(f"its tables and lists are more than {MAX_DEPTH} deep")
     if kind == "tensor" and isinstance(value, str):
-        return file.get_tensor(value)
+        # one tensor whatever the number of its names, as in the original
+        if value not in tensors:
+            tensors[value] = file.get_tensor(value)
+        return tensors[value]
     if kind in ("table", "namespace") and isinstance(value, dict):
-        table = {key: _decode(entry, file) for key, entry in value.items()}
+        table = {k: _decode(entry, file, tensors, depth + 1) for k, entry in value.items()}
         return argparse.Namespace(**table) if kind == "namespace" else table
     if kind == "list" and isinstance(value, list):
-        return [_decode(entry, file) for entry in value]
+        return [_decode(entry, file, tensors, depth + 1) for entry in value]
+    if kind == "name" and isinstance(value, str):
+        return Named(value)
     if kind == "value" and not isinstance(value, (dict, list)):
         return value
-    raise ValueError(f"unknown entry {kind!r}")
+    raise ValueError(f"unknown entry {shown(kind)}")
 
 
 def mentions(path: str | Path, word: str) -> bool:
     """Whether a file of `torch.save` holds a word, such as a weight's name, in its pickle.
 
-    For telling families apart: nothing is unpickled and no weight is read. False for
-    whatever is no such file.
+    Or one converted from it in its header. For telling families apart: nothing is unpickled
+    and no weight is read. False for whatever is no such file.
     """
     path = Path(path)
     try:
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = file.read(min(length, MAX_INDEX))
+            return FORMAT_KEY.encode() in header and word.encode() in header
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 index = [e for e in archive.infolist() if e.filename.endswith("data.pkl")]

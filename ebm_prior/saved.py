@@ -11,6 +11,7 @@ against what the configuration describes, and both before anything is built from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from ebm_prior.prior import EnergyPrior
 
 __all__ = [
-    "check_config", "check_fits", "check_size", "count_weights", "heads_bytes", "prior_config",
-    "read_config", "read_weights", "shareable",
+    "check_config", "check_fits", "check_size", "count_weights", "fitted_on", "heads_bytes",
+    "prior_config", "read_config", "read_weights", "shareable",
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
@@ -324,6 +325,25 @@ def count_weights(path: Path) -> int:
         raise EbmPriorError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def fitted_on(stored: dict, backbone: Backbone) -> bool:
+    """Whether heads were fitted on this checkpoint, as it is or converted to safetensors.
+
+    Args:
+        stored: Field `backbone` of their configuration.
+        backbone: A loaded backbone.
+    """
+    from ebm_prior.convert import to_safetensors
+
+    known = (stored["sha256"], stored.get("converted", {}).get("sha256"))
+    if backbone.sha256 in known:
+        return True
+    try:
+        data = to_safetensors(backbone.name, backbone.checkpoint)
+    except EbmPriorError:
+        return False
+    return hashlib.sha256(data).hexdigest() in known
+
+
 def check_fits(config: dict, backbone: Backbone, source: object, check_hash: bool) -> None:
     """Refuse heads that were fitted on another backbone."""
     stored = config["backbone"]
@@ -340,8 +360,7 @@ def check_fits(config: dict, backbone: Backbone, source: object, check_hash: boo
             f"{source} was fitted on another backbone: its groups and features are {theirs}, "
             f"this backbone's are {ours}"
         )
-    known = (stored["sha256"], stored.get("converted", {}).get("sha256"))
-    if check_hash and backbone.sha256 not in known:
+    if check_hash and not fitted_on(stored, backbone):
         raise EbmPriorError(
             f"{source} was fitted on a checkpoint with SHA-256 {stored['sha256'][:12]}..., this "
             f"one has {backbone.sha256[:12]}...; give the right checkpoint, or allow it with "

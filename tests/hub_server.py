@@ -62,12 +62,14 @@ class Fault:
     cut: "request", half of the request's body is read; "answer", the request is carried out
     but not answered; a number, the answer ends after so many bytes of its body.
     status: Answer with this code and nothing else.
+    stays: From then on, nothing gets through.
     """
 
     request: str  # regular expression on "METHOD /path"
     cut: object = None
     status: int = 0
     times: int = 1
+    stays: bool = False
 
 
 class Refused(Exception):
@@ -132,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if fault:
             fault.times -= 1
+            if fault.stays:
+                hub.faults = [Fault(".", cut="request", times=10**6)]
             if fault.cut == "request":
                 self.rfile.read(length // 2)
                 return self.hang_up()

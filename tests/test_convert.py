@@ -1,15 +1,20 @@
 """Heads in the layout of the paper authors' public code; backbones as safetensors."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 import ebm_prior
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig
 from ebm_prior.convert import import_heads, to_safetensors
+from ebm_prior.registry import detect_backbone
+from ebm_prior.safe_load import FORMAT_KEY, load_torch_file
+from tests.sessions import write_biva, write_hvae
 from tests.test_cli import run
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nvae"
@@ -119,7 +124,7 @@ def test_other_files_are_refused(backbone, theirs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", sorted(FIXTURES.iterdir()), ids=lambda p: p.name)
 def test_a_converted_backbone_is_the_same_network(folder, tmp_path):
     path = tmp_path / "backbone.safetensors"
-    path.write_bytes(to_safetensors(folder / "checkpoint.pt"))
+    path.write_bytes(to_safetensors("nvae", folder / "checkpoint.pt"))
     one = ebm_prior.load_backbone("nvae", folder / "checkpoint.pt")
     two = ebm_prior.load_backbone("nvae", path)
     assert one.groups == two.groups and one.dataset == two.dataset
@@ -128,10 +133,8 @@ def test_a_converted_backbone_is_the_same_network(folder, tmp_path):
 
 
 def test_damaged_converted_backbones_are_refused(tmp_path):
-    from safetensors.torch import save
-
     path = tmp_path / "backbone.safetensors"
-    data = to_safetensors(CKPT)
+    data = to_safetensors("nvae", CKPT)
     for content, message in (
         (save({"a": torch.zeros(1)}), "holds bare tensors"),
         (data[:-10], "is damaged"),
@@ -141,3 +144,229 @@ def test_damaged_converted_backbones_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(EbmPriorError, match=message):
             ebm_prior.load_backbone("nvae", path)
+
+
+# Folders
+
+SESSIONS = [
+    pytest.param(family, folder, id=f"{family}-{folder.parent.name}")
+    for family in ("biva", "hvae")
+    for folder in sorted((FIXTURES.parent / family).glob("*/*"))
+    if folder.is_dir()
+]
+
+
+def converted(family, folder, path):
+    path.write_bytes(to_safetensors(family, folder))
+    return path
+
+
+@pytest.mark.parametrize(("family", "folder"), SESSIONS)
+def test_a_converted_folder_is_the_same_network(family, folder, tmp_path):
+    path = converted(family, folder, tmp_path / "backbone.safetensors")
+    assert detect_backbone(path) == family
+    one, two = ebm_prior.load_backbone(family, folder), ebm_prior.load_backbone(family, path)
+    assert one.groups == two.groups and one.feature_shape == two.feature_shape
+    for fact in ("dataset", "binarize", "centred", "padding", "image_shape"):
+        assert getattr(one, fact) == getattr(two, fact)
+    for (name, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    x = torch.rand(2, *one.image_shape)
+    noise = [torch.randn(2, *group.shape) for group in one.groups]
+    for a, b in zip(one.posterior(x, noise), two.posterior(x, noise), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    decoded = [backbone.decode(backbone.transform(noise)) for backbone in (one, two)]
+    assert torch.equal(decoded[0].params, decoded[1].params)
+    assert torch.equal(decoded[0].log_prob(x), decoded[1].log_prob(x))
+    # a second conversion changes nothing
+    assert to_safetensors(family, path) == path.read_bytes()
+
+
+def test_a_converted_folder_keeps_nothing_of_the_machine(tmp_path):
+    folder = write_biva(tmp_path / "session")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data_root": "/home/me/secret"}))
+    assert b"secret" not in to_safetensors("biva", folder)
+
+
+def test_one_family_is_not_taken_for_another(tmp_path):
+    paths = {
+        "biva": converted("biva", write_biva(tmp_path / "b"), tmp_path / "b.safetensors"),
+        "hvae": converted("hvae", write_hvae(tmp_path / "h"), tmp_path / "h.safetensors"),
+        "nvae": converted("nvae", CKPT, tmp_path / "n.safetensors"),
+    }
+    for family, path in paths.items():
+        assert detect_backbone(path) == family
+        for other in paths.keys() - {family}:
+            with pytest.raises(EbmPriorError, match="is no|is not an"):
+                ebm_prior.load_backbone(other, path)
+
+
+def changed(data, change=None, tensors=None):
+    """A converted checkpoint with its structure changed in place, or other tensors."""
+    length = int.from_bytes(data[:8], "little")
+    structure = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][FORMAT_KEY])
+    found = change(structure["table"]) if change else None
+    state = load(data)
+    if tensors:
+        tensors(state)
+    return save(state, {FORMAT_KEY: found if isinstance(found, str) else json.dumps(structure)})
+
+
+def nested(levels):
+    return '{"list": [' * levels + "]}" * levels
+
+
+HOSTILE = {
+    "an extra tensor": (
+        {"tensors": lambda state: state.update(more=torch.zeros(9))},
+        "holds tensors that its structure does not name",
+    ),
+    "a tensor too few": ({"tensors": lambda state: state.pop("3")}, "does not contain tensor 3"),
+    "no finite numbers": (
+        {"tensors": lambda state: [t.fill_(torch.nan) for t in state.values() if t.ndim]},
+        "is not finite",
+    ),
+    "another shape": (
+        {"tensors": lambda state: state.update({k: t[None] for k, t in state.items()})},
+        "misshaped",
+    ),
+    "whole numbers": (
+        {"tensors": lambda state: state.update({k: t.int() for k, t in state.items()})},
+        "mistyped",
+    ),
+    "an endless structure": ({"change": lambda _: " " * (1 << 23) + "{}"}, "characters"),
+    "endless nesting": ({"change": lambda _: nested(100_000)}, "is damaged"),
+    "deep nesting": ({"change": lambda _: nested(150)}, "100 deep"),
+    "no JSON": ({"change": lambda _: "{"}, "is damaged"),
+    "a bare word": ({"change": lambda _: '"x"'}, "unknown entry ''"),
+    "two kinds at once": ({"change": lambda _: '{"list": [], "table": {}}'}, "is damaged"),
+    "a table as a value": ({"change": lambda _: '{"value": {}}'}, "unknown entry 'value'"),
+    "an unprintable kind": ({"change": lambda _: '{"\\u001b[2J": 1}'}, "unknown entry"),
+    "a list as a name": ({"change": lambda _: '{"name": []}'}, "unknown entry 'name'"),
+    "a namespace of methods": (
+        {"change": lambda _: '{"namespace": {"__class__": {"value": 1}}}'},
+        "is damaged",
+    ),
+    "a number of many digits": ({"change": lambda _: '{"value": 1' + "0" * 5000 + "}"}, "damaged"),
+    "a tensor that is missing": (
+        {"change": lambda _: '{"tensor": "\\u001b' + "x" * 5000 + '"}'},
+        "is damaged",
+    ),
+    "no weights": (
+        {
+            "change": lambda table: table.update({WEIGHTS: {"table": {}}}),
+            "tensors": lambda state: state.clear(),
+        },
+        "not weights",
+    ),
+    "a file too few": (
+        {"change": lambda table: [table.pop("config.json")]},
+        "is no BIVA session",
+    ),
+    "weights for hyperparameters": (
+        {"change": lambda table: table.update({ARGUMENTS: table[WEIGHTS]})},
+        "no Stage",
+    ),
+    "one weight under many names": (
+        {
+            "change": lambda table: table.update(
+                {WEIGHTS: {"table": {f"{i}": {"tensor": "0"} for i in range(10_000)}}}
+            ),
+            "tensors": lambda state: [state.pop(k) for k in list(state) if k != "0"],
+        },
+        "views of far fewer weights",
+    ),
+    "a name of the file's own": (
+        {"change": lambda table: table[ARGUMENTS]["table"].update(Stage={"name": "os.system"})},
+        "option Stage=Named(name='os.system') is not supported",
+    ),
+    "an infinite number": (
+        {"change": lambda table: table[ARGUMENTS]["table"].update(features_out={"value": 1e999})},
+        "features_out is inf",
+    ),
+    "huge blocks": (
+        {
+            "change": lambda table: table[ARGUMENTS]["table"].update(
+                features_out={"value": 1 << 40}
+            )
+        },
+        "expected a whole number in 1..65536",
+    ),
+    "endless stages": (
+        {
+            "change": lambda table: table[ARGUMENTS]["table"]["stages"]["list"][0]["list"].extend(
+                table[ARGUMENTS]["table"]["stages"]["list"][0]["list"] * 1000
+            )
+        },
+        "far more than the",
+    ),
+}
+ARGUMENTS, WEIGHTS = "hyperparameters.p", "model.pth"
+
+
+@pytest.fixture(scope="module")
+def biva(tmp_path_factory):
+    return to_safetensors("biva", write_biva(tmp_path_factory.mktemp("biva") / "session"))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_converted_folders_are_refused(biva, tmp_path, kind):
+    how, message = HOSTILE[kind]
+    path = tmp_path / "backbone.safetensors"
+    path.write_bytes(changed(biva))
+    ebm_prior.load_backbone("biva", path)  # the way of changing does no harm itself
+    path.write_bytes(changed(biva, **how))
+    with pytest.raises(EbmPriorError) as error:
+        ebm_prior.load_backbone("biva", path)
+    line = str(error.value)
+    assert message in line, line
+    assert len(line) < 700 and line.isprintable()
+
+
+def test_damage_anywhere_in_a_converted_folder_is_one_kind_of_error(biva, tmp_path):
+    path, refused = tmp_path / "backbone.safetensors", 0
+    end = int.from_bytes(biva[:8], "little") + 8
+    places = torch.randint(end, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in places:
+        path.write_bytes(biva[:place] + bytes([biva[place] ^ 1]) + biva[place + 1 :])
+        try:
+            ebm_prior.load_backbone("biva", path)
+        except EbmPriorError as error:
+            assert str(error).isprintable()
+            refused += 1
+    assert refused > 40
+
+
+def test_tensors_that_claim_far_more_than_is_stored_are_not_converted(tmp_path):
+    torch.save({"x": torch.zeros(1).expand(1 << 40)}, tmp_path / "c.pt")
+    with pytest.raises(EbmPriorError, match="not stored in full"):
+        to_safetensors("nvae", tmp_path / "c.pt")
+    big = torch.ones(10_000)
+    torch.save({"x": [big[i:] for i in range(50)]}, tmp_path / "c.pt")
+    with pytest.raises(EbmPriorError, match="views of far fewer weights"):
+        to_safetensors("nvae", tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.eye(3).to_sparse(),
+        torch.empty(3, device="meta"),
+        {1: 2},
+        {"a": b"bytes"},
+    ],
+    ids=["sparse", "meta", "numbered", "bytes"],
+)
+def test_what_has_no_form_in_safetensors_is_not_converted(tmp_path, value):
+    torch.save({"x": value}, tmp_path / "c.pt")
+    with pytest.raises(EbmPriorError, match="cannot be converted|not stored in full"):
+        to_safetensors("nvae", tmp_path / "c.pt")
+
+
+def test_tied_weights_stay_one(tmp_path):
+    weight = torch.ones(5)
+    torch.save({"a": weight, "b": weight}, tmp_path / "c.pt")
+    path = converted("nvae", tmp_path / "c.pt", tmp_path / "c.safetensors")
+    found = load_torch_file(path)
+    assert len(load(path.read_bytes())) == 1 and found["a"] is found["b"]

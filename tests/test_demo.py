@@ -1,13 +1,22 @@
 import importlib.util
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import SpaceCard
 
 from ebm_prior import EbmPriorError, EnergyPrior
 from ebm_prior.demo import draw, load, page
 from tests.test_cli import run
-from tests.test_hub import SHIPPED
+from tests.test_hub import REPO, SHIPPED
+
+ROOT = Path(__file__).parent.parent
+SPACE = ROOT / "examples" / "space"
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="needs Gradio"
+)
 
 
 @pytest.fixture
@@ -47,10 +56,41 @@ def test_without_gradio_or_heads_it_says_so(prior, monkeypatch, tmp_path):
     assert "no heads under checkpoints/" in run("demo", code=1)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs Gradio")
+@needs_gradio
 def test_the_page_is_built(prior):
     blocks = page({"toy": prior})
     labels = {c["props"].get("label") for c in blocks.get_config_file()["components"]}
     assert {"Heads", "Steps", "Temperature", "Seed"} <= labels
     with pytest.raises(EbmPriorError, match="no heads to show"):
         page({})
+
+
+def test_a_space_shows_heads_and_backbone_from_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / "checkpoints" / "nvae_digits" / "heads"
+    run("push", shipped, REPO, "--no-pictures", "--with-backbone")
+    monkeypatch.setenv("HEADS", REPO)
+    monkeypatch.setattr("ebm_prior.demo.page", dict)
+    shown = runpy.run_path(str(SPACE / "app.py"))["demo"]
+    assert list(shown) == [REPO]
+    here, there = (draw(prior, 2, 1.0, 0) for prior in (load(shipped), shown[REPO]))
+    assert all(a == b for a, b in zip(here, there, strict=True))
+
+
+@needs_gradio
+def test_the_space_is_built(monkeypatch):
+    monkeypatch.setenv("HEADS", str(ROOT / "checkpoints" / "nvae_digits" / "heads"))
+    labels = [
+        component["props"].get("label")
+        for component in runpy.run_path(str(SPACE / "app.py"))["demo"].config["components"]
+    ]
+    assert "Heads" in labels
+
+
+def test_the_space_says_what_it_needs(hub):
+    card = SpaceCard((SPACE / "README.md").read_text())
+    card.validate(repo_type="space")
+    assert (SPACE / card.data.app_file).is_file() and card.data.sdk == "gradio"
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert f"gradio=={card.data.to_dict()['sdk_version']}" in pins
+    assert "ebm-prior[demo]" in (SPACE / "requirements.txt").read_text().split()

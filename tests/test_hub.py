@@ -227,6 +227,9 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     Path("nvae/gone.json").rename("nvae/card.json")
     run(*push, "--with-backbone")
     assert "backbone.safetensors" in hub.files(REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    card.validate()
+    assert "ebm-prior fit --backbone nvae --ckpt heads/backbone.safetensors\n" in card.text
     sample = ["sample", "--seeds", "0-2", "--steps", 2]
     run(*sample, "--heads", "nvae/heads", "--ckpt", "nvae/checkpoint.pt", "--out", "a.npz")
     run(*sample, "--heads", REPO, "--out", "b.npz")  # no --ckpt
@@ -250,16 +253,46 @@ def test_a_backbone_travels_where_its_licence_allows(hub, tmp_path, monkeypatch)
     assert "backbone" in line
 
 
-def test_a_backbone_in_several_files_does_not_travel(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["biva_mnist", "hvae_mnist"])
+def test_a_backbone_in_several_files_travels_as_one(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    weights = CHECKPOINTS / "biva_mnist" / "model.pth"
-    backbone = ebm_prior.load_backbone("biva", weights)
-    EnergyPrior.for_backbone(backbone, heads="joint", nef=4, ndf=6).save_pretrained("heads")
-    push = ["push", "heads", REPO, "--no-pictures", "--with-backbone"]
-    push += ["--backbone-license", "apache-2.0", "--ckpt"]
-    assert "is no single file" in run(*push, weights.parent, code=1)
-    assert "not alone, the checkpoint" in run(*push, weights, code=1)
-    assert REPO not in hub.repos
+    shipped = CHECKPOINTS / name
+    run("push", shipped / "heads", REPO, "--no-pictures", "--with-backbone")
+    fresh_cache(monkeypatch, tmp_path)
+    run("pull", REPO, "--with-backbone", "--out", "pulled")
+    sample = ["sample", "--seeds", "0-3", "--steps", 3]
+    run(*sample, "--heads", shipped / "heads", "--ckpt", shipped, "--out", "a.npz")
+    run(*sample, "--heads", "pulled", "--out", "b.npz")  # no --ckpt
+    run(*sample, "--heads", "pulled", "--ckpt", shipped, "--out", "c.npz")
+    for other in ("b.npz", "c.npz"):
+        np.testing.assert_array_equal(pixels("a.npz"), pixels(other))
+    found = json.loads(run("info", "pulled", "--json"))
+    assert found["note"] is None and found["backbone"]["dataset"] == "mnist"
+    # heads fitted on the one file fit the folder, and nothing else of the family
+    backbone = ebm_prior.load_backbone(name.split("_")[0], "pulled/backbone.safetensors")
+    EnergyPrior.for_backbone(backbone, heads="joint", nef=4, ndf=6).save_pretrained("own")
+    run(*sample, "--heads", "own", "--ckpt", shipped, "--out", "d.npz")
+    run("push", "own", "user/own", "--no-pictures", "--with-backbone",
+        "--backbone-license", "mit", "--ckpt", "pulled/backbone.safetensors")  # fmt: skip
+    assert hub.files("user/own")["backbone.safetensors"] == hub.files(REPO)["backbone.safetensors"]
+
+
+def test_only_the_backbone_of_the_heads_is_pushed(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    push = ["push", CHECKPOINTS / "biva_mnist" / "heads", REPO, "--no-pictures", "--with-backbone"]
+    other = Path(__file__).parent / "fixtures/biva/binmnist_biva/ckpt_torch13_py37_format"
+    assert "is not the checkpoint" in run(*push, "--ckpt", other, code=1)
+    shutil.copytree(CHECKPOINTS / "biva_mnist", "mine")
+    config = json.loads(Path("mine/heads/config.json").read_text())
+    del config["backbone"]["license"]
+    Path("mine/heads/config.json").write_text(json.dumps(config))
+    card = json.loads(Path("mine/card.json").read_text())
+    Path("mine/card.json").write_text(json.dumps(card | {"sha256": "0" * 64}))
+    push[1] = "mine/heads"
+    assert "licence is not known" in run(*push, "--ckpt", "mine", code=1)
+    Path("mine/card.json").write_text(json.dumps(card))
+    run(*push, "--ckpt", "mine")
+    assert json.loads(hub.files(REPO)["config.json"])["backbone"]["license"] == "Apache-2.0"
 
 
 # -- the network fails ----------------------------------------------------------------------------
@@ -341,6 +374,81 @@ def test_nothing_is_half_visible_when_a_pull_fails(hub, world, tmp_path, fault):
     hub.faults = []
     run("pull", REPO, "--out", "pulled")
     assert (tmp_path / "pulled" / "config.json").exists()
+
+
+class Shipped:
+    """Shipped heads, loaded once; what they draw."""
+
+    def __init__(self, folder):
+        self.folder = folder / "heads"
+        self.files = {p.name: p.read_bytes() for p in self.folder.iterdir()}
+        source = open_source(self.folder)
+        self.backbone = ebm_prior.load_backbone(
+            source.config["backbone"]["name"], source.checkpoint()
+        )
+        self.pixels = self.draw(source)
+
+    def draw(self, source):
+        prior = EnergyPrior.from_pretrained(source, backbone=self.backbone)
+        return prior.sample(2, steps=1, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=SHIPPED, ids=lambda p: p.name)
+def shipped(request):
+    return Shipped(request.param)
+
+
+@pytest.mark.parametrize("fault", cases(UPLOAD_CUTS)[:5])
+def test_the_line_goes_dead_while_shipped_heads_are_pushed(hub, shipped, fault):
+    push = ["push", shipped.folder, REPO, "--no-pictures"]
+    hub.faults = [Fault(fault.request, fault.cut, stays=True)]
+    assert "cannot be reached" in run(*push, code=1)
+    assert REPO not in hub.repos or set(hub.files(REPO)) == {".gitattributes"}
+    hub.faults = []
+    hub.requests.clear()
+    stored = len(hub.large)
+    run(*push)
+    assert len(hub.asked("PUT /lfs")) == len(hub.large) - stored  # only what was missing
+    assert len([ref for ref, _ in hub.repos[REPO].history if ref == "main"]) == 2
+    assert hub.files(REPO)["heads.safetensors"] == shipped.files["heads.safetensors"]
+    assert torch.equal(shipped.draw(REPO), shipped.pixels)
+
+
+@pytest.mark.parametrize(
+    ("request_", "cut"),
+    [
+        ("HEAD .*config.json", "answer"),
+        ("GET .*config.json", 0.5),
+        ("HEAD .*heads.safetensors", "answer"),
+        ("GET /cdn/", 0.2),
+        ("GET /cdn/", 0.9),
+    ],
+    ids=[*list(DOWNLOAD_CUTS)[:4], "most of the weights"],
+)
+def test_the_line_goes_dead_while_shipped_heads_are_pulled(
+    hub, shipped, tmp_path, monkeypatch, request_, cut
+):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    hub.put(REPO, shipped.files)
+    if cut != "answer":
+        name = "config.json" if "config" in request_ else "heads.safetensors"
+        cut = int(cut * len(shipped.files[name]))
+    out = tmp_path / "pulled"
+    hub.faults = [Fault(request_, cut, stays=True)]
+    assert "cannot be reached" in run("pull", REPO, "--out", out, code=1)
+    assert not out.exists() or not list(out.iterdir())
+    with pytest.raises(EbmPriorError, match="cannot be reached"):
+        shipped.draw(REPO)
+    # cut once and back again, the client goes on where it was
+    hub.faults, hub.ranges = [Fault(request_, cut)], []
+    run("pull", REPO, "--out", out)
+    assert not hub.faults[0].times
+    if "cdn" in request_:
+        assert hub.ranges == [f"bytes={cut // 10_000 * 10_000}-"]
+    for name in ("config.json", "heads.safetensors"):
+        assert (out / name).read_bytes() == shipped.files[name]
+    for source in (out, REPO):
+        assert torch.equal(shipped.draw(source), shipped.pixels)
 
 
 def test_no_network_at_all(hub, world, monkeypatch):

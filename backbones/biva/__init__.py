@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from backbones.biva.checkpoint import Checkpoint, read_checkpoint
+from backbones.biva.checkpoint import Checkpoint, contents, read_checkpoint
 from backbones.stages import StagedBackbone
 from backbones.stages.checkpoint import is_session, network_files
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
-__all__ = ["load", "recognises"]
+__all__ = ["contents", "load", "recognises"]
 
 EDGE = 0.999  # from here on a pixel in [-1, 1] belongs to the outermost bin
 
@@ -26,7 +26,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
     """Load a BIVA session (BIVA, LVAE or VAE stages), frozen, in evaluation mode.
 
     Args:
-        path: Session folder, or the weights inside it.
+        path: Session folder, the weights inside it, or all of it as `.safetensors`.
         device: Where the weights go.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,21 @@ from torch import Tensor
 from backbones.biva.network import BivaNetwork
 from backbones.stages.checkpoint import (
     check_extent,
+    check_state,
     fill,
     kernel_of,
-    open_session,
     option,
     padded,
     positive,
-    read_state,
+    read_session,
 )
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.safe_load import Named, load_pickle_file, shown
+from ebm_prior.safe_load import Named, load_pickle_file, load_torch_file, shown
 from ebm_prior.saved import is_text
 
-__all__ = ["DATASETS", "NAMES", "Checkpoint", "build", "read_checkpoint"]
+__all__ = ["DATASETS", "NAMES", "Checkpoint", "build", "contents", "read_checkpoint"]
 
 NAMES = {
     "biva.model.stage.BivaStage": "biva",
@@ -69,23 +70,26 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a session from its folder or from the weights inside.
+    """Read a session from its folder, from the weights inside, or converted into one file.
 
     Raises:
         EbmPriorError: If a file is missing, swapped, of another family or names anything
             foreign; if an option is not supported, or the weights do not fit.
     """
-    session = open_session(path, "biva")
-    where = session["hyperparameters.p"]
-    hyperparameters = load_pickle_file(where, NAMES)
-    dataset = _config(session["config.json"]).get("dataset")
+    files, parts = read_session(path, "biva", READERS)
+    dataset = parts["config.json"]
     dataset = DATASETS.get(dataset, dataset) if is_text(dataset) else None
-    state = read_state(session["model.pth"])
+    state = check_state(parts["model.pth"], files["model.pth"])
     # Spend no memory and no random numbers on weights about to be replaced.
     with torch.device("meta"):
-        checkpoint = build(hyperparameters, where, state, dataset)
-    fill(checkpoint.network, state, session["model.pth"])
+        checkpoint = build(parts["hyperparameters.p"], files["hyperparameters.p"], state, dataset)
+    fill(checkpoint.network, state, files["model.pth"])
     return checkpoint
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What the files of a session hold, for converting them into one."""
+    return read_session(path, "biva", READERS)[1]
 
 
 def build(
@@ -133,7 +137,8 @@ def build(
     return Checkpoint(network, image_shape, padding, outputs != channels, dataset)
 
 
-def _config(path: Path) -> Mapping[str, Any]:
+def _dataset(path: Path) -> Any:
+    """Name of the training data in `config.json`; its other entries are of no use here."""
     try:
         config = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -142,7 +147,14 @@ def _config(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(config, Mapping):
         raise EbmPriorError(f"{path} does not hold a table of arguments")
-    return config
+    return config.get("dataset")
+
+
+READERS = {
+    "hyperparameters.p": partial(load_pickle_file, table=NAMES),
+    "config.json": _dataset,
+    "model.pth": load_torch_file,
+}
 
 
 def _options(data: Any, path: Path) -> dict[str, Any]:

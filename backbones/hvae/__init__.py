@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from backbones.hvae.checkpoint import Checkpoint, read_checkpoint
+from backbones.hvae.checkpoint import Checkpoint, contents, read_checkpoint
 from backbones.hvae.likelihoods import DiscretizedLogistic
 from backbones.stages import StagedBackbone
 from backbones.stages.checkpoint import is_session, network_files
 from ebm_prior.likelihoods import BernoulliLikelihood, DiscretizedLogisticMixture
 
-__all__ = ["load", "recognises"]
+__all__ = ["contents", "load", "recognises"]
 
 LIKELIHOODS = {
     "bernoulli": BernoulliLikelihood,
@@ -32,7 +32,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> StagedBackbone
     """Load an HVAE model (VAE, LVAE or BIVA), frozen, in evaluation mode.
 
     Args:
-        path: Model folder, or the weights inside it.
+        path: Model folder, the weights inside it, or all of it as `.safetensors`.
         device: Where the weights go.
 
     Raises:

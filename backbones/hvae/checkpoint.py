@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch import Tensor
 from backbones.hvae.network import HvaeNetwork
 from backbones.stages.checkpoint import (
     check_extent,
+    check_state,
     fill,
     kernel_of,
-    open_session,
     option,
     padded,
     positive,
-    read_state,
+    read_session,
 )
 from backbones.stages.layers import ACTIVATIONS, BlockSpec, Shape
 from backbones.stages.network import LatentSpec, StageSpec
@@ -27,7 +28,7 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import load_torch_file, shown
 from ebm_prior.saved import is_text
 
-__all__ = ["Checkpoint", "build", "read_checkpoint"]
+__all__ = ["Checkpoint", "build", "contents", "read_checkpoint"]
 
 CLASSES = {"VAE": "vae", "LVAE": "lvae", "BIVA": "biva"}
 LIKELIHOODS = {
@@ -71,7 +72,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a model from its folder or from the weights inside.
+    """Read a model from its folder, from the weights inside, or converted into one file.
 
     `evaluator.pt` is never opened.
 
@@ -79,28 +80,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         EbmPriorError: If a file is missing, swapped, of another family or names anything
             foreign; if an option is not supported, or the weights do not fit.
     """
-    session = open_session(path, "hvae")
-    name = load_torch_file(session["model_class_name.pt"])
+    files, parts = read_session(path, "hvae", READERS)
+    name, where = parts["model_class_name.pt"], files["model_class_name.pt"]
     if not isinstance(name, str):
         raise EbmPriorError(
-            f"{session['model_class_name.pt']} holds a {type(name).__name__}, not the name of a "
-            "class; the files of the folder may be swapped"
+            f"{where} holds a {type(name).__name__}, not the name of a class; the files of the "
+            "folder may be swapped"
         )
     if name not in CLASSES:
         raise EbmPriorError(
-            f"{session['model_class_name.pt']}: model class {shown(name)} is not supported; known "
-            f"are {', '.join(CLASSES)}"
+            f"{where}: model class {shown(name)} is not supported; known are {', '.join(CLASSES)}"
         )
-    where = session["model_kwargs.pt"]
-    # The size of the input is saved as a torch.Size, a tuple that runs nothing.
-    model_kwargs = load_torch_file(where, allowed=[torch.Size])
-    dataset = _dataset(session["datamodule_config.pt"])
-    state = read_state(session["model_state_dict.pt"])
+    dataset = _dataset(parts["datamodule_config.pt"])
+    state = check_state(parts["model_state_dict.pt"], files["model_state_dict.pt"])
+    where = files["model_kwargs.pt"]
     # Spend no memory and no random numbers on weights about to be replaced.
     with torch.device("meta"):
-        checkpoint = build(name, model_kwargs, where, state, dataset)
-    fill(checkpoint.network, state, session["model_state_dict.pt"], UNUSED)
+        checkpoint = build(name, parts["model_kwargs.pt"], where, state, dataset)
+    fill(checkpoint.network, state, files["model_state_dict.pt"], UNUSED)
     return checkpoint
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What the files of a model hold, for converting them into one."""
+    return read_session(path, "hvae", READERS)[1]
 
 
 def build(
@@ -148,8 +151,17 @@ def build(
     return Checkpoint(network, image_shape, padding, likelihood, dataset)
 
 
-def _dataset(path: Path) -> str | None:
+def _dataset(name: Any) -> str | None:
     """Name of the training data, without the code's suffix for how pixels are drawn."""
+    if not is_text(name):
+        return None
+    for suffix in ("Binarized", "Dequantized"):
+        name = name.removesuffix(suffix)
+    return DATASETS.get(name.lower(), name.lower())
+
+
+def _train_dataset(path: Path) -> Any:
+    """First of the data sets in `datamodule_config.pt`; its other entries are of no use here."""
     config = load_torch_file(path)
     if not isinstance(config, Mapping) or "train_datasets" not in config:
         raise EbmPriorError(
@@ -157,14 +169,17 @@ def _dataset(path: Path) -> str | None:
             "swapped"
         )
     names = config["train_datasets"]
-    if not isinstance(names, Mapping) or not names:
-        return None
-    name = next(iter(names))
-    if not is_text(name):
-        return None
-    for suffix in ("Binarized", "Dequantized"):
-        name = name.removesuffix(suffix)
-    return DATASETS.get(name.lower(), name.lower())
+    name = next(iter(names)) if isinstance(names, Mapping) and names else None
+    return name if is_text(name) else None
+
+
+READERS = {
+    "model_class_name.pt": load_torch_file,
+    # The size of the input is saved as a torch.Size, a tuple that runs nothing.
+    "model_kwargs.pt": partial(load_torch_file, allowed=[torch.Size]),
+    "model_state_dict.pt": load_torch_file,
+    "datamodule_config.pt": _train_dataset,
+}
 
 
 def _options(data: Any, path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ebm_prior.safe_load import load_torch_file, mentions, plain_state, shown
 from ebm_prior.saved import is_text
 
 __all__ = [
-    "Session", "check_extent", "fill", "is_session", "kernel_of", "network_files",
-    "open_session", "option", "padded", "positive", "read_state",
+    "check_extent", "check_state", "fill", "is_session", "kernel_of", "network_files", "option",
+    "padded", "positive", "read_session",
 ]  # fmt: skip
 
 FILES = {
@@ -41,21 +41,40 @@ FEW = 16  # blocks that cost nothing to build, whatever the weights are
 LARGEST = 1 << 16  # of any size: no model is near it, and products stay below 2**63
 
 
-class Session(dict[str, Path]):
-    """Path of each file of a session, by name."""
+def read_session(
+    path: str | Path, family: str, readers: Mapping[str, Callable[[Path], Any]]
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """What the files of a session hold.
 
-    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
-        super().__init__(files)
-        self.folder = folder
+    Args:
+        path: Its folder, a file inside it, or all of it converted into one `.safetensors` file.
+        family: "biva" or "hvae".
+        readers: How each file is read where it was not converted.
 
-
-def open_session(path: str | Path, family: str) -> Session:
-    """Find the files of a session from its folder or from a file inside it.
+    Returns:
+        By each file's name, its path (where converted, always the same) and its contents.
 
     Raises:
-        EbmPriorError: If a file is missing, or the folder is of another family.
+        EbmPriorError: If a file is missing or cannot be read, or is of another family.
     """
     path = Path(path)
+    if not _is_converted(path):
+        files = _find_files(path, family)
+        return files, {name: read(files[name]) for name, read in readers.items()}
+    data = load_torch_file(path)
+    if isinstance(data, Mapping) and data.keys() == readers.keys():
+        return dict.fromkeys(readers, path), dict(data)
+    other = _other_family(path, path.parent, family)
+    name = family.upper()
+    raise EbmPriorError(f"{path} is no {name} session{f': {other}' if other else ''}")
+
+
+def _is_converted(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.is_file()
+
+
+def _find_files(path: Path, family: str) -> dict[str, Path]:
+    """The files of a session, by name, from its folder or from a file inside it."""
     if not path.exists():
         raise EbmPriorError(f"no such checkpoint: {path}")
     folder = path if path.is_dir() else path.parent
@@ -65,7 +84,7 @@ def open_session(path: str | Path, family: str) -> Session:
         files[WEIGHTS[family]] = path  # weights under a name of the user's own
     missing = [file for file, where in files.items() if not where.is_file()]
     if not missing:
-        return Session(folder, files)
+        return files
     if other := _other_family(path, folder, family):
         raise EbmPriorError(f"{path} is no {name} session: {other}")
     raise EbmPriorError(
@@ -74,14 +93,19 @@ def open_session(path: str | Path, family: str) -> Session:
     )
 
 
-def network_files(path: str | Path, family: str) -> dict[str, Path]:
-    """The files of a session that make its network, whichever of them was given."""
-    session = open_session(path, family)
-    return {name: session[name] for name in DEFINING[family]}
+def network_files(path: str | Path, family: str) -> dict[str, Path] | None:
+    """The files of a session that make its network, whichever was given; None if converted."""
+    path = Path(path)
+    if _is_converted(path):
+        return None
+    files = _find_files(path, family)
+    return {name: files[name] for name in DEFINING[family]}
 
 
 def is_session(path: Path, family: str) -> bool:
-    """Whether a path is a folder of this family or belongs to one; no file is loaded."""
+    """Whether a path is, belongs to, or was a folder of this family; no file is loaded."""
+    if _is_converted(path):
+        return mentions(path, FILES[family][0])
     folder = path if path.is_dir() else path.parent
     if not (folder / FILES[family][0]).is_file():
         return False
@@ -92,6 +116,8 @@ def is_session(path: Path, family: str) -> bool:
 def _other_family(path: Path, folder: Path, family: str) -> str:
     """What shows that the path belongs to another family; empty if nothing does."""
     for other, files in FILES.items():
+        if other != family and _is_converted(path) and is_session(path, other):
+            return f"it looks like one of {other.upper()}; use backbone {other} on it"
         if other != family and (folder / files[0]).is_file():
             return f"{folder} looks like one of {other.upper()}; use backbone {other} on it"
     file = path if path.is_file() else folder / "checkpoint.pt"
@@ -157,9 +183,8 @@ def check_extent(stages: Sequence[Any], state: Mapping[str, Tensor], path: Path)
         )
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict: float32 tensors, checked to be finite."""
-    data = load_torch_file(path)
+def check_state(data: Any, path: Path) -> dict[str, Tensor]:
+    """What a file holds as its state dict: float32 tensors, checked to be finite."""
     if not isinstance(data, Mapping) or not data:
         raise EbmPriorError(
             f"{path} holds a {type(data).__name__}, not weights; the files of the folder may be "
