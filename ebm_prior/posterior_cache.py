@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_json
+from ebm_prior.langevin import Generators, rand
 from ebm_prior.prior import EnergyPrior
 
 __all__ = ["PosteriorCache", "PosteriorStream", "posterior_source"]
@@ -38,8 +39,8 @@ class PosteriorStream:
         return len(self.images) * self.draws
 
     @torch.no_grad()
-    def latents(self, index: Tensor, generator: torch.Generator) -> Latents:
-        """Latents z ~ q(z|x) of the rows at `index` (B,)."""
+    def latents(self, index: Tensor, generator: Generators) -> Latents:
+        """Latents z ~ q(z|x) of the rows at `index` (B,), by one generator or one per row."""
         x = self.pictures(index, generator)
         return self.prior.backbone.posterior(x, noise=self.prior.noise(len(x), generator)).z
 
@@ -52,13 +53,12 @@ class PosteriorStream:
         noise = self.prior.noise(len(x), generator)
         return self.prior.head_inputs(*self.prior.backbone.encode(x, noise))
 
-    def pictures(self, index: Tensor, generator: torch.Generator) -> Tensor:
+    def pictures(self, index: Tensor, generator: Generators) -> Tensor:
         """Images of the rows at `index` as the backbone was trained on them."""
         backbone = self.prior.backbone
         x = self.images[index % len(self.images)].to(backbone.device, backbone.dtype) / 255
         if backbone.binarize:  # x ~ Bernoulli(image)
-            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype)
-            x = (uniform.to(x.device) < x).to(x.dtype)
+            x = (rand(x, generator) < x).to(x.dtype)
         return x
 
 
