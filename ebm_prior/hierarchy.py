@@ -33,6 +33,7 @@ from ebm_prior.images import MAX_GRID, labelled_rows, side_by_side, to_uint8, wh
 from ebm_prior.langevin import Generators, StepInfo, keyed_generator
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
+from ebm_prior.tables import Table
 
 __all__ = ["Hierarchy", "Level", "Redrawn", "explore", "infer", "levels", "redraw"]
 
@@ -248,20 +249,21 @@ class Hierarchy:
             columns.append(column(list(zip(labels, (x for x, _ in drawn), strict=True))))
         return side_by_side(columns)
 
-    def table(self) -> str:
-        """A small table for the terminal."""
-        texts = [brief(level.redrawn, level.held) for level in self.levels]
-        width = max(map(len, [*texts, "redrawn"]))
-        lines = [f"{'redrawn':{width}} {'Gaussian prior':>14} {'energy prior':>14}"]
-        for text, level in zip(texts, self.levels, strict=True):
-            lines.append(f"{text:{width}} {level.gaussian_std:14.4f} {level.energy_std:14.4f}")
+    def table(self) -> Table:
+        """A row per level."""
+        rows = [
+            (brief(x.redrawn, x.held), f"{x.gaussian_std:.4f}", f"{x.energy_std:.4f}")
+            for x in self.levels
+        ]
         redraws = self.levels[0].energy.shape[1]
         images = "1 image" if len(self.energy) == 1 else f"{len(self.energy)} images"
-        lines.append(
+        return Table(
+            "",
+            ("redrawn", "Gaussian prior", "energy prior"),
+            rows,
             f"(standard deviation across {redraws} redraws, mean over the pixels of {images}; "
-            "full range 1)"
+            "full range 1)",
         )
-        return "\n".join(lines)
 
 
 def brief(redrawn: Sequence[str], held: Sequence[str]) -> str:

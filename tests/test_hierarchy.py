@@ -193,7 +193,7 @@ def test_samples_and_levels_are_what_they_say(toy):
         assert (level.gaussian.int() - expected).abs().max() <= 1
     exact = (found.levels[0].energy.double() / 255).std(1).mean().item()
     assert found.levels[0].energy_std == pytest.approx(exact) and exact > 0
-    assert "z1" in found.table() and found.picture().shape[0] == 3
+    assert "z1" in found.table().text() and found.picture().shape[0] == 3
 
 
 def groups(*names):
