@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from ebm_prior.metrics import (
     check_count,
     gap_closed,
 )
-from ebm_prior.posterior_cache import ENCODE_BATCH, PosteriorStream
+from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.sampling import seeded_batches
 from ebm_prior.tables import Table
@@ -208,8 +207,8 @@ def evaluate(
         before.add(gaussian)
         after.add(energy)
     floor = SampleSet(network, min(n, len(train)))
-    for x in reconstructions(prior, train, n, seed):
-        floor.add(network(x))
+    for z in PosteriorStream(prior, train).picked(n, seed):
+        floor.add(network(to_uint8(prior.backbone.decode(z).mean)))
     gaussian, energy, reconstruction = (s.quality(reference) for s in (before, after, floor))
     return Evaluation(
         gaussian,
@@ -278,13 +277,3 @@ def evaluate_images(
     for features in network.batches(images):
         found.add(features)
     return found.quality(reference)
-
-
-@torch.no_grad()
-def reconstructions(prior: EnergyPrior, images: Tensor, n: int, seed: int) -> Iterator[Tensor]:
-    """Batches of uint8 decoder means at z ~ q(z|x) for n images picked without repetition."""
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(images), generator=generator)[:n]
-    stream = PosteriorStream(prior, images)
-    for index in picked.split(ENCODE_BATCH):  # one generator draws for all: never another size
-        yield to_uint8(prior.backbone.decode(stream.latents(index, generator)).mean)

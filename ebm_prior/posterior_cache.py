@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,13 @@ class PosteriorStream:
         """Latents z ~ q(z|x) of the rows at `index` (B,), by one generator or one per row."""
         x = self.pictures(index, generator)
         return self.prior.backbone.posterior(x, noise=self.prior.noise(len(x), generator)).z
+
+    def picked(self, n: int, seed: int) -> Iterator[Latents]:
+        """Latents of n rows, or of all if there are fewer, none twice, batch by batch."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(self), generator=generator)[:n]
+        for index in rows.split(ENCODE_BATCH):  # never of another size: they share a generator
+            yield self.latents(index, generator)
 
     @torch.no_grad()
     def __call__(self, index: Tensor, generator: torch.Generator) -> Latents:
