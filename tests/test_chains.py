@@ -79,7 +79,8 @@ def with_energy(energy, transition="pcnl"):
     steps, n = len(energy) - 1, energy.shape[1]
     config = SamplerConfig(transition, steps, 0.1)
     rest = np.random.default_rng(0).standard_normal((steps + 1, n, 2))
-    return LongChains(config, energy, rest[..., 0], rest, np.ones(steps), {}, {})
+    accepted = np.arange(steps) >= min(100, steps // 2)  # none on the way there
+    return LongChains(config, energy, rest[..., 0], rest, accepted, {}, {})
 
 
 def test_the_energy_band_is_that_of_the_settled_steps():
@@ -87,6 +88,7 @@ def test_the_energy_band_is_that_of_the_settled_steps():
     noise[:101] += 1e3  # the way there
     steady = with_energy(noise)
     band = steady.energy_band()
+    assert steady.acceptance == 1  # of the settled steps alone
     assert steady.settled == 100 and -0.7 < band["low"] < 0 < band["high"] < 0.7
     assert abs(band["drift"]) < 0.05
     rising = with_energy(noise + np.arange(1001)[:, None] / 100)
