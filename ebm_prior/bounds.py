@@ -33,7 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.partition import Partition, log_mean_exp, log_partition, stream
+from ebm_prior.langevin import keyed_generator
+from ebm_prior.partition import Partition, log_mean_exp, log_partition
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior
 from ebm_prior.tables import Table
@@ -227,9 +228,8 @@ def log_weights(
     with tqdm(total=len(images) * samples, desc="bounds", unit="draw", disable=None,
               delay=1) as bar:  # fmt: skip
         for index in torch.arange(len(images)).split(batch_size):
-            generators = [stream(seed, 2, i) for i in index.tolist()]
-            rows = zip(index.split(1), generators, strict=True)
-            x = torch.cat([pictures.pictures(i, generator) for i, generator in rows])
+            generators = [keyed_generator(seed, 2, i) for i in index.tolist()]
+            x = pictures.pictures(index, generators)
             draws = []
             for _ in range(samples):
                 post = backbone.posterior(x, noise=prior.noise(len(x), generators))

@@ -108,7 +108,7 @@ def _evaluation(config: dict) -> dict | None:
                 return None
             if not is_text(quality["features"]):
                 return None
-        if not isinstance(found["gap_closed"], float):
+        if not isinstance(found["gap_closed"], (float, type(None))):  # None: there is no gap
             return None
         if not all(
             is_text(found.get(key) or "") for key in ("data", "features_option", "reference")
@@ -147,6 +147,7 @@ def _eval_results(config: dict) -> list[EvalResult]:
             ("recall", "Recall", energy["recall"]),
             ("gap-closed", "Share of the gap closed", found["gap_closed"]),
         )
+        if value is not None
     ]
 
 
@@ -271,13 +272,16 @@ def evaluation_table(config: dict) -> Table | None:
         against = f"the statistics in {found['reference']}"
         against += f" ({held_out} images)" if held_out else ""
     runs = f" Means of {len(found['runs'])} runs." if found.get("runs") else ""
+    gap = found["gap_closed"]
     return Table(
         f"Against {against}, on the features of: {found['energy']['features']}. Distances compare "
         f"only on the same features and with as many samples.{runs}",
         ("", *names.values(), "samples"),
         rows,
-        "Share of the gap between Gaussian prior and reconstructions that is closed: "
-        f"{found['gap_closed']:.2f}.",
+        "No gap between Gaussian prior and reconstructions to close."
+        if gap is None
+        else "Share of the gap between Gaussian prior and reconstructions that is closed: "
+        f"{gap:.2f}.",
     )
 
 

@@ -81,21 +81,15 @@ def way_picture(study: ChainStudy, reference: Tensor | None = None) -> Tensor:
     return labelled_rows(rows)
 
 
-@torch.no_grad()
-def posterior_latents(
-    prior: EnergyPrior, images: Tensor, n: int = 1000, batch_size: int = 100
-) -> dict[str, np.ndarray]:
+def posterior_latents(prior: EnergyPrior, images: Tensor, n: int = 1000) -> dict[str, np.ndarray]:
     """Draws of q(z|x) for images, by the names of the groups that have two units: (n, 2).
 
     Args:
         prior: Supplies the backbone.
         images: uint8, (M, C, H, W), of which n are picked without repetition.
         n: Draws, fewer if there are fewer images.
-        batch_size: Images at a time.
     """
-    stream, generator = PosteriorStream(prior, images), torch.Generator().manual_seed(0)
-    picked = torch.randperm(len(images), generator=generator)[:n]
-    draws = [stream.latents(index, generator) for index in picked.split(batch_size)]
+    draws = list(PosteriorStream(prior, images).picked(n, 0))
     return {
         group.name: torch.cat([z[i].flatten(1) for z in draws]).cpu().numpy()
         for i, group in enumerate(prior.backbone.groups)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -112,10 +112,10 @@ class ChainStudy:
                     f"{run.acceptance:.3f}",
                     f"{band['low']:.2f} .. {band['high']:.2f}",
                     f"{band['drift']:.2f}",
-                    f"{max(m.rhat for m in found.values()):.3f}",
+                    f"{known(max, (m.rhat for m in found.values())):.3f}",
                     f"{rates['energy']:.2f}",
                     f"{rates['half norm']:.2f}",
-                    f"{min(rates.values()):.2f}",
+                    f"{known(min, rates.values()):.2f}",
                 )
             )
         transitions = Table(
@@ -166,6 +166,11 @@ def ess_rates(run: LongChains, found: dict[str, Mixing]) -> dict[str, float]:
     """Effective samples per 1000 gradients of each summary."""
     total = run.gradients * run.energy.shape[1]
     return {name: 1000 * m.ess / total for name, m in found.items()}
+
+
+def known(choose: Callable, values: Iterable[float]) -> float:
+    """The least or largest of the values that exist, or NaN."""
+    return choose((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def finite(value: float) -> float | None:

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.hierarchy import redraw, redraw_generator
-from ebm_prior.langevin import StepInfo
+from ebm_prior.hierarchy import redraw
+from ebm_prior.langevin import StepInfo, keyed_generator
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 
@@ -112,7 +112,10 @@ def infer_upper(backbone: Backbone, x: Tensor, noise: Sequence[Tensor], k: int) 
 
 
 class Terms(NamedTuple):
-    """What the decision functions are made of, each (B,), nats.
+    """What the decision functions are made of, each (B,), nats, float64.
+
+    Of many units the terms are large and their differences small: float32 sums would round
+    ratios to some thousandths of a nat.
 
     Attributes:
         log_px: log p(x|z).
@@ -149,10 +152,10 @@ def compute_terms(
     """Evaluate images x (B, C, H, W) at `upper.complete(prior.backbone, eps)`."""
     z = upper.complete(prior.backbone, eps)
     return Terms(
-        prior.backbone.decode(z).log_prob(x),
-        upper.log_ratio.sum(1),
-        prior.backbone.log_prior(z).sum(1),
-        prior.energy(z),
+        prior.backbone.decode(z).log_prob(x).double(),
+        upper.log_ratio.double().sum(1),
+        prior.backbone.log_prior(z).double().sum(1),
+        prior.energy(z).double(),
     )
 
 
@@ -184,7 +187,12 @@ def score_images(
     Returns:
         Of each method in `METHODS` and each k the scores, (N,), float64, nats, low for
         outliers.
+
+    Raises:
+        EbmPriorError: If a k leaves no group to infer.
     """
+    for k in ks:
+        check_k(k, len(prior.backbone.groups))
     config = config or prior.sampler
     stream = PosteriorStream(prior, images)
     parts: dict[str, dict[int, list[Tensor]]] = {m: {k: [] for k in ks} for m in METHODS}
@@ -196,24 +204,20 @@ def score_images(
             drawn = [score_draw(prior, x, own, s, ks, config, bar.update) for s in range(samples)]
             for method, values in parts.items():
                 for k, found in values.items():
-                    draws = torch.stack([draw[method][k] for draw in drawn]).double().cpu()
+                    draws = torch.stack([draw[method][k] for draw in drawn]).cpu()
                     found.append(combine(draws, method))
     return {m: {k: torch.cat(found) for k, found in v.items()} for m, v in parts.items()}
 
 
 def draw_pixels(stream: PosteriorStream, first: int, seeds: Sequence[int]) -> Tensor:
     """Images from row `first` on, as the backbone takes them, each drawn by its own seed."""
-    return torch.cat(
-        [
-            stream.pictures(torch.tensor([first + i]), torch.Generator().manual_seed(seed))
-            for i, seed in enumerate(seeds)
-        ]
-    )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return stream.pictures(torch.arange(first, first + len(seeds)), generators)
 
 
 def draw_noise(prior: EnergyPrior, seeds: Sequence[int], draw: int) -> Latents:
     """Noise of q(z|x) for one importance sample of each image."""
-    return prior.noise(len(seeds), [redraw_generator(seed, draw) for seed in seeds])
+    return prior.noise(len(seeds), [keyed_generator(seed, draw) for seed in seeds])
 
 
 def combine(draws: Tensor, method: str) -> Tensor:
@@ -244,7 +248,7 @@ def score_draw(
         upper = infer_upper(prior.backbone, x, noise, k)
         mode = gaussian = energy = compute_terms(prior, x, upper)
         if k:
-            generators = [redraw_generator(seed, draw, k) for seed in seeds]
+            generators = [keyed_generator(seed, draw, k) for seed in seeds]
             held = names[: len(names) - k]
             drawn = redraw(prior, upper.eps, held, config, generator=generators, callback=count)
             gaussian, energy = (compute_terms(prior, x, upper, eps) for eps in drawn)
@@ -268,12 +272,16 @@ def parse_k(text: str, groups: int) -> list[int]:
     Raises:
         EbmPriorError: If one is no number of groups that leaves a group to infer.
     """
-    found = {0}
-    for part in (part.strip() for part in text.split(",")):
-        if not part.isdecimal() or int(part) >= groups:
-            raise EbmPriorError(
-                f"cannot skip {part!r} groups: k counts latent groups from the bottom, 0 to "
-                f"{groups - 1}, several separated by commas"
-            )
-        found.add(int(part))
-    return sorted(found)
+    parts = [part.strip() for part in text.split(",")]
+    ks = [check_k(int(part) if part.isdecimal() else part, groups) for part in parts]
+    return sorted({0, *ks})
+
+
+def check_k(k: int | str, groups: int) -> int:
+    """Return k if it is a number of groups that leaves one to infer."""
+    if k not in range(groups):
+        raise EbmPriorError(
+            f"cannot skip {k!r} groups: k counts latent groups from the bottom, 0 to "
+            f"{groups - 1}, several separated by commas"
+        )
+    return k

@@ -29,9 +29,9 @@ class Mixing(NamedTuple):
 
     Attributes:
         ess: Bulk effective sample size of all chains together; chains that swing to and fro
-            may exceed the number of draws. NaN where it cannot be had.
+            may exceed the number of draws. NaN where all draws are the same.
         rhat: Split R-hat; near 1 where the chains and their halves agree. NaN where no
-            chain moves.
+            chain moves, and of a single chain.
     """
 
     ess: float
@@ -58,6 +58,8 @@ def mixing(traces: Mapping[str, np.ndarray]) -> dict[str, Mixing]:
         x = np.asarray(trace, np.float64).T
         with np.errstate(all="ignore"):  # chains that stand still: 0 / 0 is the answer
             ess, rhat = array_stats.ess(x, method="bulk"), array_stats.rhat(x, method="rank")
+        if np.ptp(x) == 0:  # where ArviZ calls every draw an effective one
+            ess = np.nan
         found[name] = Mixing(float(ess), float(rhat))
     return found
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from ebm_prior.metrics import (
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.sampling import seeded_batches
+from ebm_prior.tables import Table
 
 __all__ = ["Evaluation", "Repeated", "evaluate", "evaluate_images", "quality_table"]
 
@@ -52,7 +53,8 @@ class Evaluation:
         gaussian: The backbone's own prior.
         energy: The tilted prior, its chains started from the very same noise.
         reconstruction: Training images through q(z|x) and p(x|z): the floor for any prior.
-        gap_closed: (FD_gaussian - FD_energy) / (FD_gaussian - FD_reconstruction).
+        gap_closed: (FD_gaussian - FD_energy) / (FD_gaussian - FD_reconstruction); NaN where
+            there is no gap.
         reference_images: Number of held-out images; None where their statistics do not say.
         sampler: Transition, steps and step size.
         temperature: Of both priors.
@@ -69,13 +71,13 @@ class Evaluation:
     seed: int
 
     def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON, which has no NaN: None instead."""
+        return asdict(self) | {"gap_closed": _finite(self.gap_closed)}
 
-    def table(self) -> str:
-        """A small table for the terminal."""
+    def table(self) -> Table:
+        """A row per set of images."""
         rows = {title: (getattr(self, name),) for name, title in SETS.items()}
-        return f"{quality_table(rows)}\ngap closed: {self.gap_closed:.3f}   ({self.terms()})"
+        return quality_table(rows, f"gap closed: {self.gap_closed:.3f}   ({self.terms()})")
 
     def terms(self) -> str:
         """What the numbers were measured on, for the line below the table."""
@@ -103,35 +105,36 @@ class Repeated:
         mean, std = dict(runs[0]), {}
         for name in SETS:
             qualities = [run[name] for run in runs]
-            mean[name] = qualities[0] | _over(qualities, statistics.fmean)
-            std[name] = _over(qualities, statistics.stdev)
+            mean[name] = qualities[0] | _over(qualities, np.mean)
+            std[name] = _over(qualities, _std)
         gaps = [run.gap_closed for run in self.runs]
-        mean["gap_closed"], std["gap_closed"] = statistics.fmean(gaps), statistics.stdev(gaps)
+        mean["gap_closed"], std["gap_closed"] = _finite(np.mean(gaps)), _finite(_std(gaps))
         return mean | {"std": std, "runs": runs}
 
-    def table(self) -> str:
-        """A small table for the terminal."""
+    def table(self) -> Table:
+        """A row per set of images."""
         rows = {title: [getattr(run, name) for run in self.runs] for name, title in SETS.items()}
         gap = _cell([run.gap_closed for run in self.runs], 3)
-        return (
-            f"{quality_table(rows)}\ngap closed: {gap}   (mean ± standard deviation of "
-            f"{len(self.runs)} runs; {self.runs[0].terms()})"
+        return quality_table(
+            rows,
+            f"gap closed: {gap}   (mean ± standard deviation of {len(self.runs)} runs; "
+            f"{self.runs[0].terms()})",
         )
 
 
 def _over(qualities: Sequence[dict], function: Callable) -> dict:
     """A statistic over several runs, of each number that they have."""
     names = [name for name in (*NUMBERS, "inception_score_std") if qualities[0][name] is not None]
-    return {name: function([quality[name] for quality in qualities]) for name in names}
+    return {name: float(function([quality[name] for quality in qualities])) for name in names}
 
 
-def quality_table(rows: dict[str, Sequence[SampleQuality]]) -> str:
+def quality_table(qualities: dict[str, Sequence[SampleQuality]], note: str) -> Table:
     """Rows of numbers by title; of several runs, mean ± standard deviation.
 
     Of a single run the inception score has that over its ten parts.
     """
-    lines = [["", *(heading for heading, _ in NUMBERS.values())]]
-    for title, runs in rows.items():
+    rows = []
+    for title, runs in qualities.items():
         cells = [
             _cell([getattr(q, name) for q in runs], digits)
             for name, (_, digits) in NUMBERS.items()
@@ -140,22 +143,23 @@ def quality_table(rows: dict[str, Sequence[SampleQuality]]) -> str:
             cells[list(NUMBERS).index("inception_score")] += (
                 f" ± {runs[0].inception_score_std:.3f}"
             )
-        lines.append([title, *cells])
-    widths = [max(9, *map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        " ".join(
-            cell.rjust(width) if i else cell.ljust(max(width, 16))
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+        rows.append((title, *cells))
+    return Table("", ("", *(heading for heading, _ in NUMBERS.values())), rows, note)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _std(values: Sequence[float]) -> float:
+    return np.std(values, ddof=1)
 
 
 def _cell(values: Sequence[float | None], digits: int) -> str:
     if values[0] is None:
         return "-"
-    mean = f"{round(statistics.fmean(values), digits) + 0.0:.{digits}f}"  # no -0.00
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{round(np.mean(values), digits) + 0.0:.{digits}f}"  # no -0.00
+    return mean if len(values) == 1 else f"{mean} ± {_std(values):.{digits}f}"
 
 
 def evaluate(
@@ -182,7 +186,7 @@ def evaluate(
         config: Transition, steps and step size; those stored with the heads by default.
         temperature: Multiplies every prior sigma.
         seed: Sample i uses seed + i.
-        batch_size: Chains run together.
+        batch_size: Chains run together; changes results by rounding only.
         cache: Where features of finished batches are kept, and found after an interruption:
             the result is then the same as without one.
 
@@ -203,8 +207,8 @@ def evaluate(
         before.add(gaussian)
         after.add(energy)
     floor = SampleSet(network, min(n, len(train)))
-    for x in reconstructions(prior, train, n, seed, batch_size):
-        floor.add(network(x))
+    for z in PosteriorStream(prior, train).picked(n, seed):
+        floor.add(network(to_uint8(prior.backbone.decode(z).mean)))
     gaussian, energy, reconstruction = (s.quality(reference) for s in (before, after, floor))
     return Evaluation(
         gaussian,
@@ -273,15 +277,3 @@ def evaluate_images(
     for features in network.batches(images):
         found.add(features)
     return found.quality(reference)
-
-
-@torch.no_grad()
-def reconstructions(
-    prior: EnergyPrior, images: Tensor, n: int, seed: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Batches of uint8 decoder means at z ~ q(z|x) for n images picked without repetition."""
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(images), generator=generator)[:n]
-    stream = PosteriorStream(prior, images)
-    for index in picked.split(batch_size):
-        yield to_uint8(prior.backbone.decode(stream.latents(index, generator)).mean)

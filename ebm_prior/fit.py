@@ -362,8 +362,9 @@ class _Fit:
                 if name == "nce":
                     self.judge()
                 if saving:
-                    self.save()
+                    # first, so that a fit killed in between shows it again when it resumes
                     self.show_average()
+                    self.save()
                 if self.config.sample_every and self.total % self.config.sample_every == 0:
                     self.sample_grid()
                     began = time.monotonic()

@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,9 +30,10 @@ from tqdm import tqdm
 from ebm_prior.backbone import LatentGroup, Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.images import MAX_GRID, labelled_rows, side_by_side, to_uint8, whole_scale
-from ebm_prior.langevin import Generators, StepInfo
+from ebm_prior.langevin import Generators, StepInfo, keyed_generator
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
+from ebm_prior.tables import Table
 
 __all__ = ["Hierarchy", "Level", "Redrawn", "explore", "infer", "levels", "redraw"]
 
@@ -123,11 +123,8 @@ def infer(
         One tensor per group, (N, *shape).
     """
     stream = PosteriorStream(prior, images)
-    draws = [
-        stream.latents(torch.tensor([i]), torch.Generator().manual_seed(seed))
-        for i, seed in enumerate(seeds)
-    ]
-    z = [torch.cat(parts) for parts in zip(*draws, strict=True)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = stream.latents(torch.arange(len(seeds)), generators)
     # T at temperature t is T at temperature 1 on t * eps
     return tuple(e / temperature for e in prior.backbone.inverse(z))
 
@@ -252,20 +249,21 @@ class Hierarchy:
             columns.append(column(list(zip(labels, (x for x, _ in drawn), strict=True))))
         return side_by_side(columns)
 
-    def table(self) -> str:
-        """A small table for the terminal."""
-        texts = [brief(level.redrawn, level.held) for level in self.levels]
-        width = max(map(len, [*texts, "redrawn"]))
-        lines = [f"{'redrawn':{width}} {'Gaussian prior':>14} {'energy prior':>14}"]
-        for text, level in zip(texts, self.levels, strict=True):
-            lines.append(f"{text:{width}} {level.gaussian_std:14.4f} {level.energy_std:14.4f}")
+    def table(self) -> Table:
+        """A row per level."""
+        rows = [
+            (brief(x.redrawn, x.held), f"{x.gaussian_std:.4f}", f"{x.energy_std:.4f}")
+            for x in self.levels
+        ]
         redraws = self.levels[0].energy.shape[1]
         images = "1 image" if len(self.energy) == 1 else f"{len(self.energy)} images"
-        lines.append(
+        return Table(
+            "",
+            ("redrawn", "Gaussian prior", "energy prior"),
+            rows,
             f"(standard deviation across {redraws} redraws, mean over the pixels of {images}; "
-            "full range 1)"
+            "full range 1)",
         )
-        return "\n".join(lines)
 
 
 def brief(redrawn: Sequence[str], held: Sequence[str]) -> str:
@@ -367,7 +365,7 @@ def explore(
         gaussian, energy = (tuple(e.repeat_interleave(redraws, 0) for e in eps) for eps in sample)
         found = []
         for held in keep:
-            generators = [redraw_generator(seed, j) for seed in seeds for j in range(redraws)]
+            generators = [keyed_generator(seed, j) for seed in seeds for j in range(redraws)]
             drawn = run(energy, held, generators)
             before = tuple(
                 base if group.name in held else new
@@ -382,9 +380,3 @@ def explore(
                 )
             )
     return Hierarchy(*given, tuple(found))
-
-
-def redraw_generator(seed: int, *draw: int) -> torch.Generator:
-    """Generator of one draw, named by one or more numbers, of the sample with this seed."""
-    state = np.random.SeedSequence((seed, *draw)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))

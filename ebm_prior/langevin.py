@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,8 @@ from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 
 __all__ = [
-    "ChainState", "StepInfo", "langevin", "metropolis", "metropolis_chain", "pcnl", "pcnl_step",
-    "randn", "start_chain",
+    "ChainState", "StepInfo", "keyed_generator", "langevin", "metropolis", "metropolis_chain",
+    "pcnl", "pcnl_step", "rand", "randn", "start_chain",
 ]  # fmt: skip
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -264,6 +265,15 @@ def value_and_grad(
             )
         (grad,) = torch.autograd.grad(value.sum(), point)
     return value.detach(), grad
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A generator of its own for every key, such as (seed, purpose, index), none negative.
+
+    Keys are zero-padded: (1, 2) and (1, 2, 0) are the same.
+    """
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def randn(like: Tensor, generator: Generators = None) -> Tensor:

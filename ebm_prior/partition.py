@@ -34,10 +34,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
+from ebm_prior.langevin import ChainState, flatten, keyed_generator, pcnl_step, start_chain
 from ebm_prior.prior import EnergyPrior, frozen
 
-__all__ = ["ENOUGH", "Partition", "log_mean_exp", "log_partition", "stream"]
+__all__ = ["ENOUGH", "Partition", "log_mean_exp", "log_partition"]
 
 ENOUGH = 0.2
 """Share of effective chains below which an estimate is not to be trusted: the share itself
@@ -118,7 +118,7 @@ def log_partition(
                   delay=1) as bar:  # fmt: skip
             for first in range(0, chains, batch_size):
                 own = range(first, min(first + batch_size, chains))
-                generators = [stream(seed, 0, i) for i in own]
+                generators = [keyed_generator(seed, 0, i) for i in own]
                 parts.append(anneal(prior, generators, betas, sizes, lambda: bar.update(len(own))))  # noqa: B023
     log_w, acceptance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     w = (log_w - log_w.max()).exp()
@@ -209,7 +209,7 @@ def tuned_step_sizes(prior: EnergyPrior, betas: list[float], seed: int) -> list[
     The pilot anneals chains of its own through a few betas, since tuning on the measured
     chains would bias their weights, and interpolates between.
     """
-    generator = stream(seed, 1)
+    generator = keyed_generator(seed, 1)
     state, unflatten = start(prior, generator, PILOT_CHAINS)
     knots, found, log_size = [], [], math.log(MAX_STEP_SIZE)
     for i in range(1, PILOT_BETAS + 1):
@@ -227,9 +227,3 @@ def tuned_step_sizes(prior: EnergyPrior, betas: list[float], seed: int) -> list[
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:
     """Logarithm of the mean of exp(values) along `dim`."""
     return values.logsumexp(dim) - math.log(values.shape[dim])
-
-
-def stream(*key: int) -> torch.Generator:
-    """A generator of its own for every key, such as (seed, purpose, index)."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_json
+from ebm_prior.langevin import Generators, rand
 from ebm_prior.prior import EnergyPrior
 
 __all__ = ["PosteriorCache", "PosteriorStream", "posterior_source"]
@@ -38,10 +39,17 @@ class PosteriorStream:
         return len(self.images) * self.draws
 
     @torch.no_grad()
-    def latents(self, index: Tensor, generator: torch.Generator) -> Latents:
-        """Latents z ~ q(z|x) of the rows at `index` (B,)."""
+    def latents(self, index: Tensor, generator: Generators) -> Latents:
+        """Latents z ~ q(z|x) of the rows at `index` (B,), by one generator or one per row."""
         x = self.pictures(index, generator)
         return self.prior.backbone.posterior(x, noise=self.prior.noise(len(x), generator)).z
+
+    def picked(self, n: int, seed: int) -> Iterator[Latents]:
+        """Latents of n rows, or of all if there are fewer, none twice, batch by batch."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(self), generator=generator)[:n]
+        for index in rows.split(ENCODE_BATCH):  # never of another size: they share a generator
+            yield self.latents(index, generator)
 
     @torch.no_grad()
     def __call__(self, index: Tensor, generator: torch.Generator) -> Latents:
@@ -52,13 +60,12 @@ class PosteriorStream:
         noise = self.prior.noise(len(x), generator)
         return self.prior.head_inputs(*self.prior.backbone.encode(x, noise))
 
-    def pictures(self, index: Tensor, generator: torch.Generator) -> Tensor:
+    def pictures(self, index: Tensor, generator: Generators) -> Tensor:
         """Images of the rows at `index` as the backbone was trained on them."""
         backbone = self.prior.backbone
         x = self.images[index % len(self.images)].to(backbone.device, backbone.dtype) / 255
         if backbone.binarize:  # x ~ Bernoulli(image)
-            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype)
-            x = (uniform.to(x.device) < x).to(x.dtype)
+            x = (rand(x, generator) < x).to(x.dtype)
         return x
 
 

@@ -150,6 +150,25 @@ def test_on_save_sees_the_averaged_heads_and_changes_nothing(toy, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(seen[10], fitting.parameters, strict=True))
 
 
+def test_a_fit_killed_before_it_showed_its_heads_shows_them_when_it_resumes(toy, tmp_path):
+    images = (255 * torch.rand(60, *toy.image_shape)).to(torch.uint8)
+    config = FitConfig(nce_iterations=25, save_every=10, draws=1, patience=99, warmup=0,
+                       held_out=0.0, sample_every=0)  # fmt: skip
+
+    def killed(iteration):
+        if iteration == 20:
+            raise RuntimeError("killed")
+
+    torch.manual_seed(0)
+    prior = EnergyPrior.for_backbone(toy, "both", 4, 6, SamplerConfig("pcnl", 2, 0.3))
+    with pytest.raises(RuntimeError, match="killed"):
+        ebm_prior.fit(prior, images, config, run_dir=tmp_path / "run", on_save=killed)
+    seen = []
+    ebm_prior.fit(prior, images, config, run_dir=tmp_path / "run", resume=True,
+                  on_save=seen.append)  # fmt: skip
+    assert seen == [20]
+
+
 # --- the command -----------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import ebm_prior
 from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig
 from ebm_prior.chain_pictures import latents_figure, posterior_latents, way_picture
-from ebm_prior.chain_study import Pixels, ess_rates, study
+from ebm_prior.chain_study import ChainStudy, Pixels, ess_rates, study
 from ebm_prior.chains import LongChains, long_chains
 from ebm_prior.metrics import FeatureNetwork
 from ebm_prior.sampling import seeded_batches
@@ -37,17 +37,17 @@ def random_heads(toy):
 @pytest.mark.parametrize("transition", TRANSITIONS)
 def test_what_is_kept_is_what_the_chains_did(toy, transition):
     prior, config = random_heads(toy), SamplerConfig(transition, 20, 0.3)
-    found = long_chains(prior, [3, 4, 5], config, at=(0, 7, 20))
+    found = long_chains(prior, [3, 4, 5], config, at=(0, 7, 20), temperature=0.7)
     states, accepted = {}, {}
 
     def keep(info):
         states[info.step], accepted[info.step] = info.eps, info.accepted
 
-    (batch,) = seeded_batches(prior, [3, 4, 5], config, callback=keep)
+    (batch,) = seeded_batches(prior, [3, 4, 5], config, temperature=0.7, callback=keep)
     states[0] = batch.start
     assert found.energy.shape == found.half_norm.shape == (21, 3)
     for step, eps in states.items():
-        energy = prior.energy_of_noise(eps).detach().numpy()
+        energy = prior.energy_of_noise(eps, 0.7).detach().numpy()
         np.testing.assert_allclose(found.energy[step], energy, atol=1e-12)
         flat = torch.cat([e.flatten(1) for e in eps], 1).numpy()
         np.testing.assert_allclose(found.half_norm[step], (flat**2).sum(1) / 2)
@@ -58,11 +58,11 @@ def test_what_is_kept_is_what_the_chains_did(toy, transition):
             assert found.accepted[step - 1] == accepted[step].double().mean().item()
     assert list(found.images) == [0, 7, 20]
     for step, x in found.images.items():
-        assert torch.equal(x, (prior.images(states[step]) * 255).round().to(torch.uint8))
+        assert torch.equal(x, (prior.images(states[step], 0.7) * 255).round().to(torch.uint8))
     assert list(found.latents) == [0, 10, 20]
     assert list(found.latents[10]) == ["z2"]  # the group of two units
     np.testing.assert_array_equal(
-        found.latents[10]["z2"], toy.transform(states[10])[0].detach().numpy()
+        found.latents[10]["z2"], toy.transform(states[10], 0.7)[0].detach().numpy()
     )
 
 
@@ -79,7 +79,8 @@ def with_energy(energy, transition="pcnl"):
     steps, n = len(energy) - 1, energy.shape[1]
     config = SamplerConfig(transition, steps, 0.1)
     rest = np.random.default_rng(0).standard_normal((steps + 1, n, 2))
-    return LongChains(config, energy, rest[..., 0], rest, np.ones(steps), {}, {})
+    accepted = np.arange(steps) >= min(100, steps // 2)  # none on the way there
+    return LongChains(config, energy, rest[..., 0], rest, accepted, {}, {})
 
 
 def test_the_energy_band_is_that_of_the_settled_steps():
@@ -87,6 +88,7 @@ def test_the_energy_band_is_that_of_the_settled_steps():
     noise[:101] += 1e3  # the way there
     steady = with_energy(noise)
     band = steady.energy_band()
+    assert steady.acceptance == 1  # of the settled steps alone
     assert steady.settled == 100 and -0.7 < band["low"] < 0 < band["high"] < 0.7
     assert abs(band["drift"]) < 0.05
     rising = with_energy(noise + np.arange(1001)[:, None] / 100)
@@ -105,6 +107,17 @@ def test_effective_samples_are_counted_per_gradient():
         assert found.gradients == 900 * cost
         rates = ess_rates(found, found.mixing())
         assert rates["energy"] == pytest.approx(1000 / cost, rel=0.05)
+
+
+def test_summaries_without_numbers_hide_no_others():
+    """Zero heads: the energy never changes, the chains mix all the same."""
+    found = with_energy(np.zeros((1001, 50)))
+    (table,) = ChainStudy((found,), ({},)).tables()
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert cells["ESS of E"] == "nan" and float(cells["R-hat"]) < 1.02
+    assert float(cells["slowest"]) == pytest.approx(1000, rel=0.1)
+    alone = with_energy(np.zeros((1001, 1)))
+    assert ChainStudy((alone,), ({},)).tables()[0].rows[0][5] == "nan"  # R-hat of one chain
 
 
 def test_curves_are_short_and_start_with_every_step():

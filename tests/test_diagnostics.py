@@ -49,6 +49,7 @@ def test_rhat_tells_chains_that_disagree_or_drift():
 def test_chains_that_stand_still_are_no_error(recwarn):
     found = mixing({"x": np.ones((20, 4)), "y": np.ones((20, 1)) * np.arange(4)})
     assert math.isnan(found["x"].rhat) and found["y"].ess < 10
+    assert math.isnan(found["x"].ess)  # and not as many as there are draws
     assert not recwarn.list
 
 

@@ -1,6 +1,7 @@
 """`ebm-prior evaluate`: reference statistics, pictures, repeats, and going on after a kill."""
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -19,10 +20,10 @@ from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, load_backbone
 from ebm_prior.card import model_card
 from ebm_prior.cli import main
-from ebm_prior.evaluate import evaluate
+from ebm_prior.evaluate import Evaluation, Repeated, evaluate
 from ebm_prior.feature_cache import FeatureCache
 from ebm_prior.interrupt import Interrupted
-from ebm_prior.metrics import FeatureStatistics, compare, load_features
+from ebm_prior.metrics import FeatureStatistics, SampleQuality, compare, load_features
 
 
 def run(*args, code=0):
@@ -195,6 +196,29 @@ def test_what_is_recorded_reproduces_from_the_card(world):
     for key, value in (("runs", "x"), ("reference", 3)):
         config["training"]["evaluation"] = recorded | {key: value}
         assert "--reference" not in model_card(config)
+
+
+def test_where_there_is_no_gap_json_has_none_and_the_card_says_so(world):
+    run(*EVALUATE, "--record")
+    path = Path("heads/config.json")
+    config = json.loads(path.read_text())
+    found = config["training"]["evaluation"]
+    quality = SampleQuality(1.0, 0.5, 0.5, None, 120, "x")
+    sampler = SamplerConfig("pcnl", 3, 0.5)
+    none = Evaluation(quality, quality, quality, math.nan, 100, sampler, 1.0, 0)
+    for result in (none, Repeated((none, none))):
+        assert "gap closed: nan" in result.table().text()
+        plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert plain["gap_closed"] is None and plain["energy"]["frechet"] == 1
+        config["training"]["evaluation"] = found | plain
+        card = model_card(config)
+        assert "No gap between" in card and "gap-closed" not in card and "1.00" in card
+
+
+def test_reconstructions_do_not_depend_on_the_chains_batches(world):
+    whole, parts = (json.loads(run(*EVALUATE, "--batch-size", b, "--json")) for b in (120, 7))
+    assert parts["reconstruction"] == whole["reconstruction"]
+    assert parts["energy"]["frechet"] == pytest.approx(whole["energy"]["frechet"], rel=0.05)
 
 
 # -- interruptions --------------------------------------------------------------------------------

@@ -16,20 +16,19 @@ from safetensors.torch import load_file, save_file
 from ebm_prior import EbmPriorError
 from ebm_prior.metrics import (
     FeatureStatistics,
-    class_entropy,
     compare,
     frechet_distance,
     gap_closed,
     inception_score,
     load_features,
     manifold_overlap,
-    precision_recall,
 )
 from ebm_prior.metrics.classifier import main as classifier_command
 from ebm_prior.metrics.classifier import train_classifier
 from ebm_prior.metrics.features import INCEPTION_NAME, METADATA_KEY, SHIPPED
 from ebm_prior.metrics.frechet import MAX_ROWS, StatisticsBuilder
 from ebm_prior.metrics.inception import InceptionScore
+from ebm_prior.metrics.manifold import class_counts, entropy_of_counts
 
 
 def seeded(seed=0):
@@ -213,30 +212,29 @@ def test_too_few_images_warn_and_nan_is_refused(capsys):
 
 def test_precision_and_recall_of_known_sets():
     x = normal(300, 8) + 1e4
-    assert precision_recall(x, x) == (1, 1)
-    assert precision_recall(x, x.repeat(2, 1)[:300]) == (1, 1)
-    assert precision_recall(x, x + 100) == (0, 0)
+    assert manifold_overlap(x, x)[:2] == (1, 1)
+    assert manifold_overlap(x, x.repeat(2, 1)[:300])[:2] == (1, 1)
+    assert manifold_overlap(x, x + 100)[:2] == (0, 0)
     # Samples that copy one mode of two: all good, half missing.
     two_modes = torch.cat([x, x + 100])
     copied = normal(600, 8, seed=1) + 1e4
-    precision, recall = precision_recall(two_modes, copied)
+    precision, recall, _, _ = manifold_overlap(two_modes, copied)
     assert precision > 0.8
     assert 0.3 < recall <= 0.5
 
 
 def test_precision_and_recall_on_a_line_by_hand():
-    """k = 1: reference balls [-1, 2] and [7, 13], sample balls [-3.5, -1.5] and [1, 3]."""
+    """k = 1: reference balls [-1, 2] and [7, 16], sample balls [-3.5, -1.5] and [1, 3]."""
     reference = torch.tensor([[0.0], [1], [10], [13]])
     samples = torch.tensor([[1.5], [2.5], [-3], [-2]])
-    assert precision_recall(reference, samples, k=1) == (0.25, 0.25)
+    assert manifold_overlap(reference, samples, k=1, density_k=1) == (0.25, 0.25, 0.25, 0.25)
 
 
-def test_precision_and_recall_use_equal_sizes_and_refuse_tiny_ones():
+def test_the_larger_set_is_cut_to_the_size_of_the_other():
     x, y = normal(50, 4), normal(400, 4, seed=1)
-    assert precision_recall(x, y) == precision_recall(x, y)
-    assert precision_recall(y, y, max_images=40) == precision_recall(y, y, max_images=40)
-    with pytest.raises(EbmPriorError, match="more than 3 images"):
-        precision_recall(x[:3], y)
+    part = y[torch.randperm(400, generator=seeded())[:50]]
+    assert manifold_overlap(x, y) == manifold_overlap(x, part)
+    assert manifold_overlap(y, x) == manifold_overlap(part, x) != manifold_overlap(x, part)
 
 
 def brute_force(real, fake, k, density_k):
@@ -262,7 +260,6 @@ def test_manifolds_are_those_of_their_definitions(shift, scale):
     real, fake = normal(40, 3), normal(40, 3, seed=1) * scale + shift
     found = manifold_overlap(real + 1e4, fake + 1e4)
     assert found == pytest.approx(brute_force(real.numpy(), fake.numpy(), 3, 5), abs=1e-12)
-    assert found[:2] == precision_recall(real + 1e4, fake + 1e4)
 
 
 def test_manifolds_do_not_depend_on_the_blocks_of_distances(monkeypatch):
@@ -319,9 +316,12 @@ def test_inception_score_of_known_probabilities():
 
 
 def test_class_entropy():
-    assert class_entropy(torch.eye(10).repeat(3, 1)) == pytest.approx(math.log(10))
-    assert class_entropy(torch.eye(10)[[4, 4, 4]]) == 0
-    assert class_entropy(torch.eye(4)[[0, 0, 1, 1]]) == pytest.approx(math.log(2))
+    def entropy(probabilities):
+        return entropy_of_counts(class_counts(probabilities))
+
+    assert entropy(torch.eye(10).repeat(3, 1)) == pytest.approx(math.log(10))
+    assert entropy(torch.eye(10)[[4, 4, 4]]) == 0
+    assert entropy(torch.eye(4)[[0, 0, 1, 1]]) == pytest.approx(math.log(2))
 
 
 def test_gap_closed():

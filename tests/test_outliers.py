@@ -294,6 +294,27 @@ def test_upper_groups_are_held_and_skipped_ones_hand_on_their_mean(staged):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+class Large(ToyBackbone):
+    """log p(x|z) that ends in 2^24 nats, where float32 knows no quarters any more."""
+
+    def decode(self, z):
+        px = super().decode(z)
+        px.log_prob = lambda x: torch.full((len(x),), 2.0**24)
+        return px
+
+
+def test_small_terms_are_not_lost_beside_large_ones():
+    backbone = Large().freeze()
+    prior = EnergyPrior.for_backbone(backbone, nef=4, ndf=6)
+    assert backbone.dtype == torch.float32
+    x = torch.rand(3, *backbone.image_shape)
+    terms = compute_terms(prior, x, infer_upper(backbone, x, noise(backbone), 0))
+    torch.testing.assert_close(terms.elbo + terms.log_ratio, terms.log_px, rtol=0, atol=1e-8)
+    posterior = terms.log_posterior - terms.log_px
+    torch.testing.assert_close(posterior, terms.log_prior - terms.energy, rtol=0, atol=1e-8)
+    assert (terms.log_ratio.abs() > 1e-3).all()
+
+
 # --- metrics ---------------------------------------------------------------------------
 
 
@@ -350,6 +371,9 @@ def test_sets_that_cannot_be_scored_are_refused(staged):
         detect_outliers(prior, images, images[:0], names=("cats", "dogs"))
     with pytest.raises(EbmPriorError, match="images must be"):
         detect_outliers(prior, images, images.expand(7, 3, *images.shape[2:]))
+    for k in (5, -1):
+        with pytest.raises(EbmPriorError, match=f"cannot skip {k} groups"):
+            detect_outliers(prior, images, images, [k])
 
 
 def test_values_of_k():
@@ -419,7 +443,7 @@ def test_command_takes_any_sets(ood):
     "args, code, message",
     [
         ([], 2, "--out"),
-        (["--out", "noise.npz", "--k", "2"], 1, "cannot skip '2' groups"),
+        (["--out", "noise.npz", "--k", "2"], 1, "cannot skip 2 groups"),
         (["--out", "large.npz"], 1, "pass --resize"),
         (["--out", "missing.npz"], 1, "no such file"),
         (["--out", "noise.npz", "--samples", "0"], 2, "--samples"),

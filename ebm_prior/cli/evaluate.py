@@ -185,7 +185,7 @@ def evaluate(
         if reference is not None:
             found["reference"] = Path(reference).name
         store(folder, result.to_dict() | found)
-    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
+    click.echo(json.dumps(result.to_dict()) if as_json else result.table().text())
 
 
 def store(folder: Path, result: dict) -> None:
@@ -271,10 +271,8 @@ def images(
         click.echo(json.dumps(asdict(quality) | {"reference_images": known.n}))
         return
     count = "" if known.n is None else f"{known.n} "
-    click.echo(
-        f"{quality_table({Path(path).name: (quality,)})}\n({quality.n} images against {count}"
-        f"reference images; features: {quality.features})"
-    )
+    note = f"({quality.n} images against {count}reference images; features: {quality.features})"
+    click.echo(quality_table({Path(path).name: (quality,)}, note).text())
 
 
 def reference_statistics(

@@ -113,7 +113,7 @@ def hierarchy(
         found = [level.to_dict() for level in result.levels]
         click.echo(json.dumps({"picture": out, "redraws": redraws, "levels": found}))
     else:
-        click.echo(f"{result.table()}\npicture -> {out}")
+        click.echo(f"{result.table().text()}\npicture -> {out}")
 
 
 def load(images: tuple[str, ...], data: DataChoice, backbone: Backbone) -> Tensor:

@@ -20,30 +20,24 @@ from ebm_prior.metrics.inception import InceptionScore, inception_score
 from ebm_prior.metrics.manifold import (
     MIN_IMAGES,
     Manifold,
-    PrecisionRecall,
     class_counts,
-    class_entropy,
     entropy_of_counts,
     manifold_overlap,
-    precision_recall,
 )
 
 __all__ = [
     "FeatureNetwork",
     "FeatureStatistics",
     "Manifold",
-    "PrecisionRecall",
     "SampleQuality",
     "SampleSet",
     "check_count",
-    "class_entropy",
     "compare",
     "frechet_distance",
     "gap_closed",
     "inception_score",
     "load_features",
     "manifold_overlap",
-    "precision_recall",
 ]
 
 

@@ -15,25 +15,12 @@ from torch import Tensor
 from ebm_prior.errors import EbmPriorError
 
 __all__ = [
-    "MIN_IMAGES", "Manifold", "PrecisionRecall", "class_counts", "class_entropy",
-    "entropy_of_counts", "manifold_overlap", "precision_recall",
+    "MIN_IMAGES", "Manifold", "class_counts", "entropy_of_counts", "manifold_overlap",
 ]  # fmt: skip
 
 PRECISION_K, DENSITY_K = 3, 5  # those of the two papers
 MIN_IMAGES = max(PRECISION_K, DENSITY_K) + 1
 WORKING_MEMORY = 128  # MiB, of a block of distances
-
-
-class PrecisionRecall(NamedTuple):
-    """Shares between 0 and 1.
-
-    Attributes:
-        precision: Of samples that lie on the reference's manifold.
-        recall: Of reference images that lie on the samples' manifold.
-    """
-
-    precision: float
-    recall: float
 
 
 class Manifold(NamedTuple):
@@ -59,39 +46,35 @@ def manifold_overlap(
     *,
     k: int = PRECISION_K,
     density_k: int = DENSITY_K,
-    max_images: int = 10_000,
-    seed: int = 0,
 ) -> Manifold:
     """Precision and recall, density and coverage, from one pass over the distances.
 
     Improved precision and recall (Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-2);
     density and coverage (Naeem et al., 2020, arXiv:2002.09797, Eq. 3-4), whose balls are the
-    reference's alone, so that one stray sample does not count for much. Both sets are cut to
-    the same size: radii shrink as a set grows.
+    reference's alone, so that one stray sample does not count for much. The larger set is cut
+    to the size of the other, at random: radii shrink as a set grows. Memory is bounded, time
+    quadratic; `FeatureStatistics` keep 10 000 images.
 
     Args:
         reference: Features (N, dim).
         samples: Features (M, dim).
         k: Neighbours for precision and recall.
         density_k: Neighbours for density and coverage.
-        max_images: Largest number of images of either set; memory is bounded, time quadratic.
-        seed: Of the random choice of images from the larger set.
 
     Raises:
         EbmPriorError: If a set has no more images than neighbours are needed.
     """
     from sklearn.metrics import pairwise_distances_chunked
 
-    size, most = min(len(reference), len(samples), max_images), max(k, density_k)
+    size, most = min(len(reference), len(samples)), max(k, density_k)
     if size <= most:
         raise EbmPriorError(
             f"manifolds of the {most} nearest neighbours need more than {most} images each"
         )
-    generator = torch.Generator().manual_seed(seed)
 
     def subset(x: Tensor) -> np.ndarray:
         if len(x) > size:
-            x = x[torch.randperm(len(x), generator=generator)[:size]]
+            x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:size]]
         return x.detach().cpu().double().numpy()
 
     real, fake = subset(reference), subset(samples)
@@ -136,36 +119,12 @@ def _radii(points: np.ndarray, ks: tuple[int, ...]) -> list[np.ndarray]:
     return [distances[:, k - 1] + slack for k in ks]
 
 
-def precision_recall(
-    reference: Tensor,
-    samples: Tensor,
-    *,
-    k: int = PRECISION_K,
-    max_images: int = 10_000,
-    seed: int = 0,
-) -> PrecisionRecall:
-    """Precision and recall alone; arguments as for `manifold_overlap`."""
-    found = manifold_overlap(
-        reference, samples, k=k, density_k=k, max_images=max_images, seed=seed
-    )
-    return PrecisionRecall(found.precision, found.recall)
-
-
-def class_entropy(probabilities: Tensor) -> float:
-    """Entropy of the histogram of predicted classes, nats; log(classes) if all are as likely.
-
-    Args:
-        probabilities: Class probabilities of samples, (N, classes).
-    """
-    return entropy_of_counts(class_counts(probabilities))
-
-
 def class_counts(probabilities: Tensor) -> Tensor:
     """How often each class is the likeliest: (classes,)."""
     return torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
 
 
 def entropy_of_counts(counts: Tensor) -> float:
-    """Entropy of a histogram, nats."""
+    """Entropy of a histogram, nats; log(classes) if all are as likely."""
     share = counts / counts.sum()
     return torch.special.entr(share.double()).sum().item()
