@@ -7,7 +7,6 @@ transition is worth: effective samples per gradient.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ebm_prior.chains import LongChains, long_chains
 from ebm_prior.diagnostics import Mixing
+from ebm_prior.files import finite
 from ebm_prior.metrics import FeatureNetwork, FeatureStatistics, frechet_distance
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.tables import Table
@@ -166,11 +166,6 @@ def ess_rates(run: LongChains, found: dict[str, Mixing]) -> dict[str, float]:
     """Effective samples per 1000 gradients of each summary."""
     total = run.gradients * run.energy.shape[1]
     return {name: 1000 * m.ess / total for name, m in found.items()}
-
-
-def finite(value: float) -> float | None:
-    """A number that JSON has, or None."""
-    return value if math.isfinite(value) else None
 
 
 def study(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.feature_cache import FeatureCache
+from ebm_prior.files import finite
 from ebm_prior.images import to_uint8
 from ebm_prior.metrics import (
     FeatureNetwork,
@@ -69,8 +71,8 @@ class Evaluation:
     seed: int
 
     def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON; `gap_closed` is None where there is no gap."""
+        return asdict(self) | {"gap_closed": finite(self.gap_closed)}
 
     def table(self) -> str:
         """A small table for the terminal."""
@@ -104,9 +106,10 @@ class Repeated:
         for name in SETS:
             qualities = [run[name] for run in runs]
             mean[name] = qualities[0] | _over(qualities, statistics.fmean)
-            std[name] = _over(qualities, statistics.stdev)
+            std[name] = _over(qualities, _deviation)
         gaps = [run.gap_closed for run in self.runs]
-        mean["gap_closed"], std["gap_closed"] = statistics.fmean(gaps), statistics.stdev(gaps)
+        mean["gap_closed"] = finite(statistics.fmean(gaps))
+        std["gap_closed"] = finite(_deviation(gaps))
         return mean | {"std": std, "runs": runs}
 
     def table(self) -> str:
@@ -155,7 +158,12 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
     if values[0] is None:
         return "-"
     mean = f"{round(statistics.fmean(values), digits) + 0.0:.{digits}f}"  # no -0.00
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {_deviation(values):.{digits}f}"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation; NaN where a value is (`statistics.stdev` fails there)."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def evaluate(
