@@ -219,6 +219,11 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
 
 
+def is_number(value: object) -> bool:
+    """Whether a value can be shown as a number: finite, and not endless."""
+    return type(value) in (int, float) and abs(value) < 1e15  # which NaN is not
+
+
 def _is_shape(value: object) -> bool:
     return (
         isinstance(value, list)
