@@ -300,7 +300,7 @@ def _recorded(config: dict, pictures: Collection[str]) -> list[str]:
     parts = []
     for name, found in recorded(config).items():
         shown = [
-            f"![{escaped(caption)}]({RESULTS}/{file_name})"
+            f"![{escaped(caption)}]({RESULTS}/{file_name})\n\n*{escaped(caption)}*"
             for file_name, caption in found.captions.items()
             if f"{RESULTS}/{file_name}" in pictures
         ]

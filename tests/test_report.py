@@ -150,7 +150,7 @@ def test_recorded_results_go_into_the_card(hub, world):
     card = ModelCard(files["README.md"].decode())
     card.validate()
     assert "## Out-of-distribution detection" in card.text and "| 10 | 0.987 |" in card.text
-    assert "![Grey.](results/ood.png)" in card.text
+    assert "![Grey.](results/ood.png)\n\n*Grey.*" in card.text
     assert files["results/ood.png"] == picture().png
 
 
