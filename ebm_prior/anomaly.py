@@ -43,12 +43,22 @@ from ebm_prior.interrupt import Interrupted
 from ebm_prior.outliers import metrics
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior
+from ebm_prior.record import record
 from ebm_prior.registry import find_trainer, load_backbone
 from ebm_prior.run import RunFolder
 from ebm_prior.saved import CONFIG
 from ebm_prior.tables import Table
 
-__all__ = ["AnomalyConfig", "Split", "hold_out", "load_whole", "run_digit", "start", "table"]
+__all__ = [
+    "AnomalyConfig",
+    "Split",
+    "check_digit",
+    "hold_out",
+    "load_whole",
+    "run_digit",
+    "start",
+    "table",
+]
 
 SHARE = 0.8  # of the normal images, for training
 POINTS = 10  # evaluations of the heads
@@ -139,13 +149,8 @@ def hold_out(whole: ImageSet, digit: int, seed: int, number: int = 0) -> Split:
         EbmPriorError: If there is no such label, or no other.
     """
     generator = torch.Generator().manual_seed(seed)
+    check_digit(whole, digit)
     held = whole.labels == digit
-    if held.all() or not held.any():
-        known = ", ".join(map(str, sorted(set(whole.labels.tolist()))))
-        raise EbmPriorError(
-            f"cannot hold out {digit}: the labels of {whole.name} are {known}, and there must be "
-            "others"
-        )
     normal = (~held).nonzero().flatten()
     normal = normal[torch.randperm(len(normal), generator=generator)]
     count = int(SHARE * len(normal))
@@ -158,14 +163,27 @@ def hold_out(whole: ImageSet, digit: int, seed: int, number: int = 0) -> Split:
     return Split(whole.images[normal[:count]], whole.images[test], held[test])
 
 
+def check_digit(whole: ImageSet, digit: int) -> None:
+    """Raise `EbmPriorError` unless a labelled set has this label and others."""
+    held = whole.labels == digit
+    if held.all() or not held.any():
+        known = ", ".join(map(str, sorted(set(whole.labels.tolist()))))
+        raise EbmPriorError(
+            f"cannot hold out {digit}: the labels of {whole.name} are {known}, and there must be "
+            "others"
+        )
+
+
 def start(config: AnomalyConfig, out: Path) -> None:
     """Create the experiment's folder, or check that it was started with the same settings.
+
+    Before any class has begun, there is nothing that other settings would spoil.
 
     Raises:
         EbmPriorError: If it was not, or it cannot be written.
     """
     settings, path = asdict(config), out / "settings.json"
-    if not path.exists():
+    if not path.exists() or not any(out.glob("digit-*")):
         write_json(path, settings)
         return
     try:
@@ -228,6 +246,7 @@ def run_digit(
         "auprc": judge(terms, energies, split.anomalous),
         "seconds": round(time.monotonic() - began, 1),
     }
+    record(out / "heads", "anomaly", result, [table([result])])  # for their report and card
     write_json(result_path, result)
     return result
 

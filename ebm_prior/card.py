@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Collection
@@ -9,8 +10,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ebm_prior.record import RESULTS, recorded
-from ebm_prior.saved import BACKBONE, is_text
-from ebm_prior.tables import Table
+from ebm_prior.saved import BACKBONE, is_number, is_text
+from ebm_prior.tables import Table, escaped
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -104,11 +105,11 @@ def _evaluation(config: dict) -> dict | None:
         for prior in ("gaussian", "energy", "reconstruction"):
             quality = found[prior]
             numbers = [quality[key] for key in ("frechet", "precision", "recall", "n")]
-            if not all(isinstance(value, (int, float)) for value in numbers):
+            if not all(map(is_number, numbers)):
                 return None
             if not is_text(quality["features"]):
                 return None
-        if not isinstance(found["gap_closed"], (float, type(None))):  # None: there is no gap
+        if found["gap_closed"] is not None and not is_number(found["gap_closed"]):
             return None
         if not all(
             is_text(found.get(key) or "") for key in ("data", "features_option", "reference")
@@ -153,7 +154,8 @@ def _eval_results(config: dict) -> list[EvalResult]:
 
 def _title(config: dict) -> str:
     backbone, heads, sampler = config["backbone"], config["heads"], config["sampler"]
-    return f"""# Energy heads for {backbone["name"]} on {backbone.get("dataset") or "unnamed data"}
+    dataset = escaped(backbone.get("dataset") or "unnamed data")
+    return f"""# Energy heads for {escaped(backbone["name"])} on {dataset}
 
 Small networks for `ebm-prior` that tilt the Gaussian prior of a pretrained, frozen
 hierarchical VAE: p(z) ∝ exp(-E(z)) · p_VAE(z), after
@@ -217,26 +219,41 @@ pip install ebm-prior
 ```python
 import ebm_prior
 
-backbone = ebm_prior.load_backbone("{backbone["name"]}", "{ckpt}")
-prior = ebm_prior.EnergyPrior.from_pretrained("{source}", backbone=backbone)
+backbone = ebm_prior.load_backbone({_string(backbone["name"])}, {_string(ckpt)})
+prior = ebm_prior.EnergyPrior.from_pretrained({_string(source)}, backbone=backbone)
 images = prior.sample(16)  # (16, C, H, W) in [0, 1]
 ```"""
+
+
+def _string(text: str) -> str:
+    """Python's literal of a text, which may be a stranger's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """Text in a monospaced cell."""
+    return f"`{text.replace('`', chr(39)).replace('|', '/')}`"
 
 
 def _backbone(config: dict) -> str:
     backbone = config["backbone"]
     source = backbone.get("source")
-    where = f"[{source}](https://huggingface.co/{source})" if _hub_id(source) else source
+    if _hub_id(source):
+        where = f"[{source}](https://huggingface.co/{source})"
+    elif re.fullmatch(r"https?://[\w./~%?=&#:@+-]+", source or ""):
+        where = f"<{source}>"
+    else:
+        where = escaped(source or "not recorded")
     lines = [
         "## Backbone",
         "",
-        f"| family | {backbone['name']} |",
+        f"| family | {escaped(backbone['name'])} |",
         "|---|---|",
-        f"| data set | {backbone.get('dataset') or 'not recorded'} |",
-        f"| checkpoint | `{_checkpoint(config)}` |",
-        f"| SHA-256 | `{backbone['sha256'] or 'none'}` |",
-        f"| where to get it | {where or 'not recorded'} |",
-        f"| licence | {backbone.get('license') or 'not recorded'} |",
+        f"| data set | {escaped(backbone.get('dataset') or 'not recorded')} |",
+        f"| checkpoint | {_code(_checkpoint(config))} |",
+        f"| SHA-256 | {_code(backbone['sha256'] or 'none')} |",
+        f"| where to get it | {where} |",
+        f"| licence | {escaped(backbone.get('license') or 'not recorded')} |",
     ]
     if converted := backbone.get("converted"):
         lines += [
@@ -254,7 +271,7 @@ def evaluation_table(config: dict) -> Table | None:
         return None
     names = {"frechet": "Fréchet distance", "precision": "precision", "recall": "recall"}
     for key in ("density", "coverage"):  # newer ones; statistics alone do not give them
-        if all(isinstance(found[prior].get(key), float) for prior in PRIORS):
+        if all(is_number(found[prior].get(key)) for prior in PRIORS):
             names[key] = key
     rows = [
         (
@@ -266,7 +283,7 @@ def evaluation_table(config: dict) -> Table | None:
     ]
     data = found.get("data") or config["backbone"].get("dataset") or "the data set"
     held_out = found.get("reference_images")
-    held_out = held_out if isinstance(held_out, int) else None
+    held_out = held_out if is_number(held_out) else None
     against = f"{held_out} held-out images of {data}" if held_out else f"held-out images of {data}"
     if found.get("reference"):
         against = f"the statistics in {found['reference']}"
@@ -278,7 +295,7 @@ def evaluation_table(config: dict) -> Table | None:
         f"only on the same features and with as many samples.{runs}",
         ("", *names.values(), "samples"),
         rows,
-        "No gap between Gaussian prior and reconstructions to close."
+        "There is no gap between Gaussian prior and reconstructions to close."
         if gap is None
         else "Share of the gap between Gaussian prior and reconstructions that is closed: "
         f"{gap:.2f}.",
@@ -295,11 +312,11 @@ def _recorded(config: dict, pictures: Collection[str]) -> list[str]:
     parts = []
     for name, found in recorded(config).items():
         shown = [
-            f"![{caption}]({RESULTS}/{file_name})"
+            f"![{escaped(caption)}]({RESULTS}/{file_name})\n\n*{escaped(caption)}*"
             for file_name, caption in found.captions.items()
             if f"{RESULTS}/{file_name}" in pictures
         ]
-        heading = f"## {SECTIONS.get(name, name.capitalize())}"
+        heading = f"## {escaped(SECTIONS.get(name, name.capitalize()))}"
         parts.append("\n\n".join([heading, *(t.markdown() for t in found.tables), *shown]))
     return parts
 
@@ -314,18 +331,19 @@ def commands(config: dict, source: str, pictures: bool = True) -> list[str]:
     """
     from ebm_prior.pictures import BEFORE_AFTER, CARD_SEEDS, TRANSITION
 
-    ckpt, found = shlex.quote(_ckpt(config)), []
+    ckpt, quoted, found = shlex.quote(_ckpt(config)), shlex.quote(source), []
     if isinstance(config.get("training", {}).get("fit"), dict):
         found.append(fit_command(config)[0])
     if pictures:
         found.append(
-            f"ebm-prior sample --heads {source} --ckpt {ckpt} "
+            f"ebm-prior sample --heads {quoted} --ckpt {ckpt} "
             f"--seeds {CARD_SEEDS[0]}-{CARD_SEEDS[-1]} --compare \\\n"
             f"    --out {BEFORE_AFTER} --trajectory {TRANSITION}"
         )
     if _evaluation(config):
         found.append(evaluate_command(config, source))
-    return found
+    # a recorded setting with a line break of its own would leave the block of commands
+    return [c for c in found if all(map(str.isprintable, c.split("\\\n")))]
 
 
 def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
@@ -376,7 +394,7 @@ def fit_command(config: dict) -> tuple[str, list[str]]:
         if field.name in options:
             args += [options[field.name], str(value)]
         else:
-            unsettable.append(f"`{field.name}={value!r}`")
+            unsettable.append(_code(f"{field.name}={value!r}"))
     return "ebm-prior fit " + shlex.join(args), unsettable
 
 
@@ -416,9 +434,10 @@ def _limits(config: dict) -> str:
         lines.append("* No evaluation is recorded with these heads.")
     else:
         lines.append("* Nothing was measured beyond what is above.")
-    licence = backbone.get("license")
+    heads = escaped(config.get("license") or "not stated")
+    licence = escaped(backbone.get("license") or "not recorded")
     lines.append(
-        f"* Licence of the heads: {config.get('license') or 'not stated'}. Licence of the "
-        f"backbone: {licence or 'not recorded'}; whatever is made with both is bound by both."
+        f"* Licence of the heads: {heads}. Licence of the "
+        f"backbone: {licence}; whatever is made with both is bound by both."
     )
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ebm_prior.chains import LongChains, long_chains
 from ebm_prior.diagnostics import Mixing
+from ebm_prior.files import finite
 from ebm_prior.metrics import FeatureNetwork, FeatureStatistics, frechet_distance
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.tables import Table
@@ -171,11 +172,6 @@ def ess_rates(run: LongChains, found: dict[str, Mixing]) -> dict[str, float]:
 def known(choose: Callable, values: Iterable[float]) -> float:
     """The least or largest of the values that exist, or NaN."""
     return choose((value for value in values if not math.isnan(value)), default=math.nan)
-
-
-def finite(value: float) -> float | None:
-    """A number that JSON has, or None."""
-    return value if math.isfinite(value) else None
 
 
 def study(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.feature_cache import FeatureCache
+from ebm_prior.files import finite
 from ebm_prior.images import to_uint8
 from ebm_prior.metrics import (
     FeatureNetwork,
@@ -71,8 +71,8 @@ class Evaluation:
     seed: int
 
     def to_dict(self) -> dict:
-        """Plain values for JSON, which has no NaN: None instead."""
-        return asdict(self) | {"gap_closed": _finite(self.gap_closed)}
+        """Plain values for JSON; `gap_closed` is None where there is no gap."""
+        return asdict(self) | {"gap_closed": finite(self.gap_closed)}
 
     def table(self) -> Table:
         """A row per set of images."""
@@ -108,7 +108,7 @@ class Repeated:
             mean[name] = qualities[0] | _over(qualities, np.mean)
             std[name] = _over(qualities, _std)
         gaps = [run.gap_closed for run in self.runs]
-        mean["gap_closed"], std["gap_closed"] = _finite(np.mean(gaps)), _finite(_std(gaps))
+        mean["gap_closed"], std["gap_closed"] = finite(np.mean(gaps)), finite(_std(gaps))
         return mean | {"std": std, "runs": runs}
 
     def table(self) -> Table:
@@ -145,10 +145,6 @@ def quality_table(qualities: dict[str, Sequence[SampleQuality]], note: str) -> T
             )
         rows.append((title, *cells))
     return Table("", ("", *(heading for heading, _ in NUMBERS.values())), rows, note)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _std(values: Sequence[float]) -> float:

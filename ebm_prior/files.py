@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from typing import BinaryIO
 from ebm_prior.errors import EbmPriorError
 
 __all__ = [
-    "CannotWriteError", "atomic_write", "check_writable", "write_bytes", "write_json",
-    "write_text",
+    "CannotWriteError", "atomic_write", "check_writable", "finite", "json_text", "write_bytes",
+    "write_json", "write_text",
 ]  # fmt: skip
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -102,4 +103,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Indented JSON, as `write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON has, or None: it knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ebm_prior.files import write_bytes, write_json
-from ebm_prior.saved import CONFIG, is_text, read_config
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.files import json_text, write_bytes, write_text
+from ebm_prior.saved import CONFIG, MAX_CONFIG, is_text, read_config
 from ebm_prior.tables import Table
 
 __all__ = ["RESULTS", "Picture", "Recorded", "record", "recorded", "recorded_pictures"]
@@ -55,17 +56,24 @@ def record(
         pictures: By file name, such as `{"ood.png": ...}`.
 
     Raises:
-        EbmPriorError: If the folder holds no heads.
+        EbmPriorError: If the folder holds no heads, or its configuration would get so large
+            that it could not be read again; nothing is changed then.
     """
     config = read_config(folder)  # anew: another measurement may have finished meanwhile
     pictures = pictures or {}
-    for file_name, picture in pictures.items():
-        write_bytes(folder / RESULTS / file_name, picture.png)
     config.setdefault("training", {})[name] = result | {
         "tables": [table.to_dict() for table in tables],
         "pictures": {file_name: picture.caption for file_name, picture in pictures.items()},
     }
-    write_json(folder / CONFIG, config)
+    text = json_text(config)
+    if len(text.encode()) > MAX_CONFIG:
+        raise EbmPriorError(
+            f"the result is too large to record in {folder / CONFIG}, which may have {MAX_CONFIG} "
+            "bytes; measure in fewer repeats or steps"
+        )
+    for file_name, picture in pictures.items():
+        write_bytes(folder / RESULTS / file_name, picture.png)
+    write_text(folder / CONFIG, text)
 
 
 def recorded(config: dict) -> dict[str, Recorded]:
@@ -104,6 +112,8 @@ def recorded_pictures(folder: Path, config: dict) -> dict[str, bytes]:
 def read_png(path: Path) -> bytes | None:
     """A picture file, or None if it is missing, endless or something else."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return None
         with path.open("rb") as file:
             data = file.read(MAX_PICTURE + 1)
     except OSError:

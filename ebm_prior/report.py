@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ebm_prior._version import __version__
 from ebm_prior.card import SECTIONS, commands, evaluation_table, picture_captions
 from ebm_prior.record import RESULTS, Picture, read_png, recorded, recorded_pictures
-from ebm_prior.saved import read_config, shareable
+from ebm_prior.saved import is_number, read_config, shareable
 from ebm_prior.tables import Table
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _facts(config: dict) -> Section:
         ("data set", backbone.get("dataset") or "not recorded"),
         ("checkpoint", backbone.get("checkpoint") or "not recorded"),
         ("SHA-256", backbone.get("sha256") or "none"),
-        ("parameters", f"{backbone['parameters']:,}" if backbone.get("parameters") else "-"),
+        ("parameters", f"{count:,}" if is_number(count := backbone.get("parameters")) else "-"),
         ("where to get it", backbone.get("source") or "not recorded"),
         ("licence of the backbone", backbone.get("license") or "not recorded"),
         ("licence of the heads", config.get("license") or "not stated"),
@@ -95,7 +95,7 @@ def _facts(config: dict) -> Section:
             ("rollbacks", "rollbacks"),
         ):  # fmt: skip
             value = result.get(key)
-            if isinstance(value, (int, float)):
+            if is_number(value):
                 rows.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     return Section("What this is", tables=[Table("", ("", ""), rows)], facts=True)
 
@@ -143,7 +143,8 @@ def _fit(config: dict, folder: Path) -> Section:
                 "and prior samples, summed over the heads.",
             )
         )
-    grids = sorted((folder / "samples").glob("[0-9]*.png"))
+    grids = [p for p in (folder / "samples").glob("*.png") if re.fullmatch("[0-9]{1,12}", p.stem)]
+    grids.sort()
     if grids and (data := read_png(grids[-1])) is not None:
         pictures.append(Picture(data, f"Samples at iteration {int(grids[-1].stem)}."))
     return Section("The fit", pictures=pictures)
@@ -153,7 +154,7 @@ def read_log(path: Path) -> list[dict]:
     """Lines of a `log.jsonl`; none if there is no such file, without those that are no JSON."""
     entries = []
     try:
-        if path.stat().st_size > MAX_LOG:
+        if not path.is_file() or path.stat().st_size > MAX_LOG:
             return []
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
@@ -163,7 +164,7 @@ def read_log(path: Path) -> list[dict]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+        if isinstance(entry, dict) and is_number(entry.get("iteration")):
             entries.append(entry)
     return entries
 
@@ -197,8 +198,8 @@ def _series(log: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
     for entry in log:
         value = entry.get(key)
         if isinstance(value, Mapping):
-            value = sum(v for v in value.values() if isinstance(v, (int, float)))
-        if isinstance(value, (int, float)) and math.isfinite(value):
+            value = sum(v for v in value.values() if is_number(v))
+        if is_number(value):
             x.append(entry["iteration"])
             y.append(value)
     return x, y

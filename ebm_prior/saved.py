@@ -40,7 +40,7 @@ __all__ = [
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "heads.safetensors", "config.json", "README.md"
 BACKBONE = "backbone.safetensors"
-MAX_CONFIG = 1 << 20  # bytes; ours have 5 kB
+MAX_CONFIG = 1 << 20  # bytes; ours have 5 kB, with every result recorded 50 kB
 MAX_PARAMETERS = 1 << 30  # of all heads together; the paper's have 20 million
 MAX_GROUPS = 1024
 MAX_SIDE = 1 << 16  # of a shape, and of nef and ndf
@@ -218,6 +218,11 @@ class _Fields:
 def is_text(value: object) -> bool:
     """Whether a value can stand in a message: no control characters, not endless."""
     return isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be shown as a number: finite, and not endless."""
+    return type(value) in (int, float) and abs(value) < 1e15  # which NaN is not
 
 
 def _is_shape(value: object) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ebm_prior.saved import is_text
 
-__all__ = ["Table"]
+__all__ = ["Table", "escaped"]
 
 MAX_ROWS, MAX_COLUMNS = 200, 20
 
@@ -46,10 +46,10 @@ class Table:
     def markdown(self) -> str:
         """A table for a model card, whose cells cannot break out of it."""
         head = "|" + "|".join(["---"] + ["---:"] * (len(self.header) - 1)) + "|"
-        body = ["| " + " | ".join(map(_markdown, cells)) + " |" for cells in self.rows]
-        top = "| " + " | ".join(map(_markdown, self.header)) + " |"
-        notes = ["", *map(_markdown, self._note())] if self.note else []
-        return "\n".join([_markdown(self.title), "", top, head, *body, *notes])
+        body = ["| " + " | ".join(map(escaped, cells)) + " |" for cells in self.rows]
+        top = "| " + " | ".join(map(escaped, self.header)) + " |"
+        notes = ["", *map(escaped, self._note())] if self.note else []
+        return "\n".join([escaped(self.title), "", top, head, *body, *notes])
 
     def _note(self) -> list[str]:
         return [self.note] if self.note else []
@@ -77,7 +77,8 @@ class Table:
         return cls(**value) if all(map(is_text, cells)) else None
 
 
-def _markdown(text: str) -> str:
+def escaped(text: str) -> str:
+    """One line as Markdown that shows it as it is, and nothing else."""
     for sign in "\\|<>[]`*_#!":
         text = text.replace(sign, "\\" + sign)
     return text

@@ -10,10 +10,11 @@ import torch
 
 import ebm_prior
 from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, anomaly
-from ebm_prior.anomaly import AnomalyConfig, evaluate_points, hold_out, judge, table
+from ebm_prior.anomaly import AnomalyConfig, evaluate_points, hold_out, judge, start, table
 from ebm_prior.data import ImageSet
 from ebm_prior.decision import Terms, score_images
 from ebm_prior.interrupt import Interrupted
+from ebm_prior.report import report
 from tests.sessions import write_hvae
 from tests.test_cli import run
 
@@ -246,6 +247,8 @@ def test_experiment_goes_on_after_every_interruption(world, monkeypatch):
 
     monkeypatch.setattr(anomaly, "hold_out", never)
     assert json.loads(experiment("--digit", "1", "--json")) == [again]
+    page = report(world / "out" / "digit-1" / "heads")
+    assert "Anomaly detection" in page and "AUPRC of a held-out class" in page
     assert "energy prior, Eq. 20" in experiment("--digit", "1")
 
 
@@ -257,7 +260,7 @@ def test_experiment_goes_on_after_every_interruption(world, monkeypatch):
         (["--digits", "9"], 1, "cannot hold out 9: the labels of bars are 0, 1, 2"),
         (["--data", "bare.npz"], 1, "bare.npz has no labels"),
         (["--backbone", "nope"], 1, "unknown trainer 'nope'"),
-        (["--set", "layers=3"], 1, "unknown pretrain settings: layers"),
+        (["--digit", "1", "--set", "layers=3"], 1, "unknown pretrain settings: layers"),
         (["--set", "iterations"], 2, "expected NAME=VALUE"),
         (["--fit-iterations", "5"], 2, "--fit-iterations"),
     ],
@@ -267,6 +270,13 @@ def test_bad_input_gives_one_line(world, args, code, message):
 
 
 def test_an_experiment_keeps_its_settings(world):
-    experiment("--digits", "9", code=1)  # starts the folder
+    experiment("--digit", "1", "--set", "layers=3", code=1)  # refused: nothing has begun
+    experiment("--digits", "9", code=1)
+    experiment("--digits", "1,9", code=1)  # before any training
+    assert not list((world / "out").glob("digit-*"))
+    start(AnomalyConfig("x", seed=1), world / "out")  # so other settings are still free
+    (world / "out" / "digit-1").mkdir()
+    with pytest.raises(EbmPriorError, match="out was started with another value of seed;"):
+        start(AnomalyConfig("x", seed=2), world / "out")
     line = experiment("--digits", "1", "--seed", 3, code=1)
-    assert "out was started with another value of seed" in line
+    assert "out was started with another value of data, pretrain" in line

@@ -268,6 +268,7 @@ def test_command_uses_given_stored_or_tuned_step_sizes(chains, tmp_path):
         (["--transition", "nuts"], 2, "--transition"),
         (["--at", "0,21"], 2, "the chains have 20 steps"),
         (["--at", "0,x"], 2, "expected steps such as"),
+        (["--steps", "99", "--at", ",".join(map(str, range(41)))], 2, "at most 40"),
         (["--steps", "5"], 2, "--steps"),
         (["-n", "1"], 2, "-n"),
         (["--data", "nowhere.npz"], 1, "no such file"),

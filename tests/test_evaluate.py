@@ -212,7 +212,7 @@ def test_where_there_is_no_gap_json_has_none_and_the_card_says_so(world):
         assert plain["gap_closed"] is None and plain["energy"]["frechet"] == 1
         config["training"]["evaluation"] = found | plain
         card = model_card(config)
-        assert "No gap between" in card and "gap-closed" not in card and "1.00" in card
+        assert "no gap between" in card and "gap-closed" not in card and "1.00" in card
 
 
 def test_reconstructions_do_not_depend_on_the_chains_batches(world):
@@ -348,3 +348,48 @@ def test_large_evaluations_keep_ten_thousand_features_at_most(world, monkeypatch
     kept = FeatureStatistics.from_features(features, s.network.name)
     assert len(kept.rows) == 60 and len(kept.rows) < kept.n
     assert compare(kept, features, s.network).frechet == pytest.approx(0, abs=1e-3)
+
+
+def test_no_gap_is_null_in_json_and_in_the_record(world, monkeypatch):
+    monkeypatch.setattr("ebm_prior.evaluate.gap_closed", lambda *_: float("nan"))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    for more in ([], ["--repeats", 2]):
+        text = run(*EVALUATE, "--json", "--record", *more)
+        assert json.loads(text, parse_constant=refuse)["gap_closed"] is None
+        config = json.loads(Path("heads/config.json").read_text(), parse_constant=refuse)
+        assert "There is no gap" in model_card(config)
+        assert "gap closed: nan" in run(*EVALUATE, *more)
+
+
+def test_a_result_is_shown_even_if_it_cannot_be_recorded(world, monkeypatch):
+    def full(*_, **__):
+        raise EbmPriorError("disk full")
+
+    monkeypatch.setattr("ebm_prior.record.record", full)
+    result = CliRunner().invoke(main, [str(a) for a in [*EVALUATE, "--json", "--record"]])
+    assert result.exit_code == 1 and result.stderr.endswith("Error: disk full\n")
+    assert json.loads(result.stdout)["energy"]["n"] == 120
+
+
+def test_a_record_keeps_no_path_of_the_features(world):
+    from ebm_prior.metrics.features import SHIPPED
+
+    Path("private").mkdir()
+    Path("private/own.safetensors").write_bytes(SHIPPED["digits"].read_bytes())
+    run(*EVALUATE, "--features", world / "private" / "own.safetensors", "--record")
+    text = Path("heads/config.json").read_text()
+    assert "own.safetensors" in text and "private" not in text
+
+
+def test_what_torch_says_of_a_download_is_no_output(monkeypatch, capsys):
+    def fetch(*_, **__):
+        print("Downloading")
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    with pytest.raises(EbmPriorError, match="cannot fetch the Inception weights"):
+        load_features("inception")
+    assert capsys.readouterr().out == ""

@@ -1,6 +1,8 @@
 """Recorded results: tables, the way into a folder of heads, the report, the card."""
 
+import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -148,5 +150,100 @@ def test_recorded_results_go_into_the_card(hub, world):
     card = ModelCard(files["README.md"].decode())
     card.validate()
     assert "## Out-of-distribution detection" in card.text and "| 10 | 0.987 |" in card.text
-    assert "![Grey.](results/ood.png)" in card.text
+    assert "![Grey.](results/ood.png)\n\n*Grey.*" in card.text
     assert files["results/ood.png"] == picture().png
+
+
+def test_a_record_that_could_not_be_read_again_is_refused(world):
+    """Its configuration has a limit; beyond it the heads themselves would be lost."""
+    before = Path("heads/config.json").read_bytes()
+    with pytest.raises(EbmPriorError, match="too large to record"):
+        record(Path("heads"), "ood", {"x": ["y" * 100] * 11_000}, [], {"ood.png": picture()})
+    assert Path("heads/config.json").read_bytes() == before
+    assert not Path("heads/results").exists()
+
+
+EVALUATED = {
+    "gaussian": {"frechet": 9.0, "precision": 0.5, "recall": 0.5, "n": 9, "features": "digits"},
+    "data": "digits", "gap_closed": 0.5, "reference_images": 9,
+}  # fmt: skip
+EVALUATED |= {name: EVALUATED["gaussian"] for name in ("energy", "reconstruction")}
+
+
+def strange(**evaluation):
+    """A stranger's configuration: the fields that are checked are right, others are not."""
+    config = json.loads(Path("heads/config.json").read_text())
+    config["backbone"] |= {"dataset": HOSTILE, "license": HOSTILE, "checkpoint": 'x"); rm("`|'}
+    config["training"] = {
+        "evaluation": EVALUATED | evaluation,
+        HOSTILE: {
+            "tables": [TABLE.to_dict()],
+            "pictures": {"a.png": "](javascript:x) " + HOSTILE},
+        },
+    }
+    Path("heads/results").mkdir(exist_ok=True)
+    Path("heads/results/a.png").write_bytes(picture().png)
+    Path("heads/config.json").write_text(json.dumps(config))
+    return read_config(Path("heads"))
+
+
+def test_a_strangers_words_do_not_break_out_of_the_card(world):
+    from ebm_prior.card import model_card
+
+    config = strange(temperature="1\n```\n<script>", seed="\n```")
+    text = model_card(config, "user/heads", ["results/a.png"])
+    body = text.split("---\n", 2)[2]
+    prose = "".join(re.split(r"```.*?```", body, flags=re.DOTALL))
+    assert "a.png" in prose
+    outside = re.sub(r"`[^`\n]*`", "", prose)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\((http://x|javascript)", outside)
+    assert body.count("\n```\n") == body.count("```bash") + body.count("```python")
+    snippet = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
+    assert "rm" not in {name.id for name in ast.walk(ast.parse(snippet)) if type(name) is ast.Name}
+    assert not any("evaluate" in command for command in re.findall(r"^ebm-prior.*", body, re.M))
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [{"gap_closed": 10**400}, {"gap_closed": float("nan")}, {"gap_closed": None},
+     {"reference_images": 10**400}, {"gaussian": EVALUATED["gaussian"] | {"frechet": 10**400}},
+     {"gaussian": EVALUATED["gaussian"] | {"density": "x"}}, {"runs": {}}],
+)  # fmt: skip
+def test_odd_numbers_of_a_stranger_end_neither_card_nor_report(world, evaluation):
+    from ebm_prior.card import model_card
+
+    card = model_card(strange(**evaluation), "user/heads")
+    ModelCard(card).validate()
+    shown = "Fréchet distance" in report("heads")
+    assert shown == (evaluation.keys() == {"gap_closed"} and evaluation["gap_closed"] is None) or (
+        shown and not {"gap_closed", "runs"} & evaluation.keys()
+    )
+
+
+def test_odd_files_of_a_stranger_do_not_end_the_report(world):
+    config = strange()
+    config["backbone"]["parameters"] = ["many"]
+    config["training"]["result"] = {"iterations": 10**400, "seconds": float("nan")}
+    Path("heads/config.json").write_text(json.dumps(config))
+    Path("heads/samples").mkdir()
+    Path("heads/samples/2024-party.png").write_bytes(picture().png)
+    Path("heads/log.jsonl").write_text(
+        f'{{"iteration": 1, "loss": {10**400}}}\n{{"iteration": {10**400}, "loss": 1}}\n'
+        '{"iteration": 2, "loss": 1, "energy_prior": {"a": true, "b": "x"}}\n'
+    )
+    Path("heads/results/a.png").unlink()
+    os.mkfifo("heads/results/a.png")  # reading it would never end
+    assert report("heads").count("data:image/png") == 1  # the curves
+
+
+def test_recording_is_refused_before_the_work_where_nothing_can_be_written(world, monkeypatch):
+    from ebm_prior import files
+    from ebm_prior.files import CannotWriteError
+
+    def full(path):
+        raise CannotWriteError(f"disk full while writing {path}")
+
+    monkeypatch.setattr(files, "check_writable", full)
+    monkeypatch.setattr(ebm_prior.registry, "load_backbone", None)  # not reached
+    line = run("likelihood", "--heads", "heads", "--ckpt", "toy.json", "--record", code=1)
+    assert "disk full while writing heads/config.json" in line

@@ -81,7 +81,7 @@ def anomaly(
     ebm-prior anomaly --data mnist --digits 1,4,5,7,9 --out runs/anomaly
     ebm-prior anomaly --data mnist.npz --digit 1 --set iterations=1000 --out runs/quick
     """
-    from ebm_prior.anomaly import AnomalyConfig, load_whole, run_digit, start, table
+    from ebm_prior.anomaly import AnomalyConfig, check_digit, load_whole, run_digit, start, table
     from ebm_prior.cli.fit import absolute
     from ebm_prior.registry import check_device, find_trainer
 
@@ -92,6 +92,8 @@ def anomaly(
         n or 0, seed,
     )  # fmt: skip
     whole = load_whole(data)
+    for digit in digits:  # now, rather than after the classes before it
+        check_digit(whole, digit)
     start(config, Path(out))
     results = [
         run_digit(whole, digit, config, Path(out) / f"digit-{digit}", device) for digit in digits

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ebm_prior.prior import EnergyPrior, SamplerConfig
 
 IMAGES, PROFILE, LATENTS = "chains.png", "chains-energy.png", "chains-latents.png"
+MAX_AT = 40  # a row of images and of a table for each, with every transition
 CAPTIONS = {
     IMAGES: "The same chains along their way: each column is one.",
     PROFILE: "Energy along the chains: median and 5-95 % band.",
@@ -155,16 +156,17 @@ def chains(
     posterior = None if reference is None else posterior_latents(prior, reference)
     if (figure := latents_figure(result, posterior)) is not None:
         pictures[LATENTS] = png(figure)
+    found = result.to_dict() | {"seed": seed, "temperature": chain.temperature}
+    # shown first: it must not be lost to a full disk
+    paths = [str(Path(out) / name) for name in pictures]
+    click.echo(json.dumps(found | {"pictures": paths}) if as_json else result.table())
     for name, content in pictures.items():
         write_bytes(Path(out) / name, content)
-    found = result.to_dict() | {"seed": seed, "temperature": chain.temperature}
     if record:
         shown = {name: Picture(content, CAPTIONS[name]) for name, content in pictures.items()}
         store(folder, "chains", found, result.tables(), shown)
-    if as_json:
-        click.echo(json.dumps(found | {"pictures": [str(Path(out) / name) for name in pictures]}))
-    else:
-        click.echo(f"{result.table()}\npictures -> {', '.join(pictures)} in {out}")
+    if not as_json:
+        click.echo(f"pictures -> {', '.join(pictures)} in {out}")
 
 
 def parse_at(text: str | None, last: int) -> list[int]:
@@ -177,6 +179,10 @@ def parse_at(text: str | None, last: int) -> list[int]:
         steps = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise click.UsageError(f"--at {text!r}: expected steps such as 0,40,2500") from None
+    if len(steps) > MAX_AT:
+        raise click.UsageError(
+            f"--at: {len(steps)} steps to look at are too many; at most {MAX_AT}"
+        )
     if steps[0] < 0 or steps[-1] > last:
         raise click.UsageError(f"--at {text}: the chains have {last} steps, from 0")
     return steps

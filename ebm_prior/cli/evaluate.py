@@ -177,15 +177,15 @@ def evaluate(
             for r in range(repeats)
         ]
     result = runs[0] if repeats == 1 else Repeated(tuple(runs))
-    if record:
+    click.echo(json.dumps(result.to_dict()) if as_json else result.table().text())
+    if record:  # after the result is shown: it must not be lost to a full disk
         found = {
             "data": Path(data.source(backbone)).name,
-            "features_option": features.features,
+            "features_option": features.features and Path(features.features).name,
         }
         if reference is not None:
             found["reference"] = Path(reference).name
         store(folder, result.to_dict() | found)
-    click.echo(json.dumps(result.to_dict()) if as_json else result.table().text())
 
 
 def store(folder: Path, result: dict) -> None:

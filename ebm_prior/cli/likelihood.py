@@ -98,6 +98,6 @@ def likelihood(
     )
     name = Path(data.source(prior.backbone)).name
     table = result.table(name)
-    if record:
-        store(folder, "likelihood", result.to_dict() | {"data": name}, tables=[table])
     click.echo(json.dumps(result.to_dict()) if as_json else table.text())
+    if record:  # after the result is shown: it must not be lost to a full disk
+        store(folder, "likelihood", result.to_dict() | {"data": name}, tables=[table])

@@ -113,6 +113,11 @@ def ood(
         seed=seed,
         batch_size=batch_size,
     )
+    # shown first: it must not be lost to a full disk
+    if as_json:
+        click.echo(json.dumps(result.to_dict() | {"scores": result.scores_dict()}))
+    else:
+        click.echo("\n".join([result.table().text(), *result.problems()]))
     picture = result.plot() if plot is not None or record else b""
     if plot is not None:
         write_bytes(plot, picture)
@@ -120,8 +125,5 @@ def ood(
         caption = f"{familiar.name} and {strange.name}: densities of the scores."
         pictures = {"ood.png": Picture(picture, caption)}
         store(folder, "ood", result.to_dict(), [result.table()], pictures)
-    if as_json:
-        click.echo(json.dumps(result.to_dict() | {"scores": result.scores_dict()}))
-    else:
-        lines = [result.table().text(), *result.problems()]
-        click.echo("\n".join(lines + ([f"histograms -> {plot}"] if plot is not None else [])))
+    if plot is not None and not as_json:
+        click.echo(f"histograms -> {plot}")

@@ -79,9 +79,16 @@ class HeadsChoice:
         return self.source is None or Path(self.source).is_dir()
 
     def check_record(self, record: bool) -> None:
-        """Refuse `--record` where there is no folder of the user's to store anything in."""
-        if record and not self.local:
+        """Refuse `--record` where there is no folder of the user's that can be written to."""
+        if not record:
+            return
+        if not self.local:
             raise click.UsageError("--record needs heads in a local folder: pull them with --out")
+        from ebm_prior.files import check_writable
+        from ebm_prior.run import newest_run
+        from ebm_prior.saved import CONFIG
+
+        check_writable((newest_run() if self.source is None else Path(self.source)) / CONFIG)
 
     def open(self) -> tuple[EnergyPrior, Path, dict]:
         """Load the heads and the backbone they name; also their folder and configuration."""

@@ -7,7 +7,9 @@ that travels with each number and each file of statistics.
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -296,9 +298,10 @@ def _inception_state(url: str, weights: str | Path | None) -> dict[str, Tensor]:
     if weights is not None:
         return load_torch_file(weights)
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # torch prints what it fetches
+            return torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", check_hash=True, weights_only=True
+            )
     except (OSError, RuntimeError) as error:  # no network, no room, wrong hash
         raise EbmPriorError(
             f"cannot fetch the Inception weights ({error}); download {url} elsewhere and pass "
