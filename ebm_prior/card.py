@@ -16,7 +16,7 @@ from ebm_prior.tables import Table, escaped
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["SECTIONS", "commands", "evaluation_table", "model_card", "picture_captions"]
+__all__ = ["commands", "evaluation_table", "heading", "model_card", "picture_captions"]
 
 PAPER = "https://arxiv.org/abs/2306.06323"
 HUB_DATASETS = {
@@ -307,6 +307,12 @@ def _results(config: dict) -> str:
     return f"## {SECTIONS['evaluation']}\n\n{table.markdown()}" if table else ""
 
 
+def heading(name: str) -> str:
+    """Heading of a recorded result."""
+    kind, colon, rest = name.partition(": ")
+    return SECTIONS.get(kind, kind.capitalize()) + colon + rest
+
+
 def _recorded(config: dict, pictures: Collection[str]) -> list[str]:
     """What other verbs have recorded, a section each."""
     parts = []
@@ -316,8 +322,8 @@ def _recorded(config: dict, pictures: Collection[str]) -> list[str]:
             for file_name, caption in found.captions.items()
             if f"{RESULTS}/{file_name}" in pictures
         ]
-        heading = f"## {escaped(SECTIONS.get(name, name.capitalize()))}"
-        parts.append("\n\n".join([heading, *(t.markdown() for t in found.tables), *shown]))
+        title = f"## {escaped(heading(name))}"
+        parts.append("\n\n".join([title, *(t.markdown() for t in found.tables), *shown]))
     return parts
 
 

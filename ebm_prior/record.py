@@ -50,7 +50,7 @@ def record(
 
     Args:
         folder: Run folder or saved folder.
-        name: What was measured, such as "evaluation".
+        name: What was measured, such as "likelihood", or with what, such as "ood: svhn".
         result: Numbers as plain values, a few kilobytes.
         tables: How to show them.
         pictures: By file name, such as `{"ood.png": ...}`.
@@ -98,8 +98,9 @@ def recorded(config: dict) -> dict[str, Recorded]:
         }
         if tables or captions:
             found[name] = Recorded(tuple(tables), captions)
-    known = {name: found.pop(name) for name in ORDER if name in found}
-    return known | found
+    order = {name: i for i, name in enumerate(ORDER)}
+    names = sorted(found, key=lambda name: order.get(name.partition(": ")[0], len(order)))
+    return {name: found[name] for name in names}
 
 
 def recorded_pictures(folder: Path, config: dict) -> dict[str, bytes]:

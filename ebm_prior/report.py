@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebm_prior._version import __version__
-from ebm_prior.card import SECTIONS, commands, evaluation_table, picture_captions
+from ebm_prior.card import commands, evaluation_table, heading, picture_captions
 from ebm_prior.record import RESULTS, Picture, read_png, recorded, recorded_pictures
 from ebm_prior.saved import is_number, read_config, shareable
 from ebm_prior.tables import Table
@@ -112,14 +112,14 @@ def _samples(config: dict, prior: EnergyPrior | None) -> Section:
 
 def _results(config: dict) -> Section:
     table = evaluation_table(config)
-    return Section(SECTIONS["evaluation"], tables=[table] if table else [])
+    return Section(heading("evaluation"), tables=[table] if table else [])
 
 
 def _recorded(config: dict, folder: Path) -> list[Section]:
     pictures = recorded_pictures(folder, config)
     return [
         Section(
-            SECTIONS.get(name, name.capitalize()),
+            heading(name),
             tables=found.tables,
             pictures=[
                 Picture(pictures[path], caption)

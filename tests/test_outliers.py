@@ -416,14 +416,14 @@ def test_command_finds_noise_and_keeps_the_result(ood, folder, tmp_path):
     text = ood("--out", "noise.npz", "--plot", tmp_path / "h.png", "--record")
     assert "LLR>1" in text and "9 images of noise among 12 of own" in text
     assert Image.open(tmp_path / "h.png").size[0] > 500
-    stored = json.loads((folder / "heads" / "config.json").read_text())["training"]["ood"]
+    stored = json.loads((folder / "heads" / "config.json").read_text())["training"]["ood: noise"]
     assert stored["detections"][0] | {"auprc": 0} == {
         "k": 0, "ratio": False, "method": "mode", "auroc": 1.0, "auprc": 0, "fpr80": 0.0
     }  # fmt: skip
-    picture = folder / "heads" / "results" / "ood.png"
+    picture = folder / "heads" / "results" / "ood-noise.png"
     assert picture.read_bytes() == (tmp_path / "h.png").read_bytes()
     found = json.loads(ood("--out", "noise.npz", "--json"))
-    assert len(stored.pop("tables")) == 1 and stored.pop("pictures").keys() == {"ood.png"}
+    assert len(stored.pop("tables")) == 1 and stored.pop("pictures").keys() == {"ood-noise.png"}
     assert {key: found[key] for key in stored} == stored
     strange, own = (found["scores"][key]["log_posterior"]["1"] for key in ("out", "in"))
     assert len(strange) == 9 and len(own) == 12 and np.mean(strange) < np.mean(own)

@@ -81,6 +81,14 @@ def test_a_record_is_read_back_and_replaced(world):
     EnergyPrior.from_pretrained("heads", backbone=world.backbone)  # still heads
 
 
+def test_results_with_several_sets_stand_side_by_side(world):
+    for name in ("likelihood", "ood: svhn", "ood: mnist"):
+        record(Path("heads"), name, {}, [TABLE])
+    names = list(recorded(read_config(Path("heads"))))
+    assert names == ["ood: svhn", "ood: mnist", "likelihood"]
+    assert "Out-of-distribution detection: svhn" in report("heads")
+
+
 def test_a_record_needs_heads(tmp_path):
     with pytest.raises(EbmPriorError, match="not a folder of heads"):
         record(tmp_path, "ood", {}, [TABLE])

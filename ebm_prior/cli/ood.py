@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -123,7 +124,9 @@ def ood(
         write_bytes(plot, picture)
     if record:
         caption = f"{familiar.name} and {strange.name}: densities of the scores."
-        pictures = {"ood.png": Picture(picture, caption)}
-        store(folder, "ood", result.to_dict(), [result.table()], pictures)
+        pictures = {
+            f"ood-{re.sub(r'[^A-Za-z0-9_]', '-', strange.name)}.png": Picture(picture, caption)
+        }
+        store(folder, f"ood: {strange.name}", result.to_dict(), [result.table()], pictures)
     if plot is not None and not as_json:
         click.echo(f"histograms -> {plot}")
