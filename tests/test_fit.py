@@ -515,6 +515,7 @@ def test_the_package_exports_the_function_not_the_module():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # twenty processes, each of which imports torch
 def test_kill_at_ten_random_moments_and_resume(tmp_path):
     """kill -9, at any moment, then --resume: the same bytes as an uninterrupted run."""
     torch.manual_seed(3)
