@@ -31,7 +31,7 @@ from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.run import CACHE, RunFolder, environment
-from ebm_prior.transitions import FITTED
+from ebm_prior.transitions import FITTED, MAX_STEP_SIZE
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
 
@@ -39,7 +39,6 @@ OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
 POOL_BATCHES = 8
 MIN_ROWS = 20_000  # posterior samples, all draws of all images together
 GOOD = "good."  # prefix of the state to roll back to, where it is not the saved one
-MAX_STEP_SIZE = 1.9  # beyond, the Crank-Nicolson proposal forgets its start and turns over
 
 
 class DivergenceError(EbmPriorError):

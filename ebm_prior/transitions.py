@@ -10,7 +10,10 @@ from ebm_prior.backbone import Latents
 from ebm_prior.hmc import LEAPFROG, hmc, mala
 from ebm_prior.langevin import langevin, pcnl
 
-__all__ = ["FITTED", "TRANSITIONS", "Transition"]
+__all__ = ["FITTED", "MAX_STEP_SIZE", "TRANSITIONS", "Transition"]
+
+MAX_STEP_SIZE = 1.9
+"""For tuning: beyond, the Crank-Nicolson proposal forgets its start and turns over."""
 
 
 @dataclass(frozen=True)

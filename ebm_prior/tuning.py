@@ -9,11 +9,9 @@ from tqdm import tqdm
 
 from ebm_prior.langevin import StepInfo
 from ebm_prior.prior import EnergyPrior, SamplerConfig
-from ebm_prior.transitions import TRANSITIONS
+from ebm_prior.transitions import MAX_STEP_SIZE, TRANSITIONS
 
 __all__ = ["tuned"]
-
-MAX_STEP_SIZE = 1.9  # as `fit` has it: longer steps turn over
 
 
 def tuned(
