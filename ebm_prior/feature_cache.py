@@ -22,6 +22,7 @@ from ebm_prior.interrupt import Interrupted
 from ebm_prior.metrics import FeatureNetwork
 from ebm_prior.metrics.frechet import compact
 from ebm_prior.prior import EnergyPrior, SamplerConfig
+from ebm_prior.ranks import is_main
 
 __all__ = ["FeatureCache"]
 
@@ -57,12 +58,14 @@ class FeatureCache:
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         self.folder = Path(root) / f"evaluate-{key}"
-        self.writable = True
+        self.writable = is_main()
 
     def __enter__(self) -> FeatureCache:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if not is_main():
+            return
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # the folder of others' state, too, or never created

@@ -30,7 +30,8 @@ from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
-from ebm_prior.run import CACHE, RunFolder, environment
+from ebm_prior.ranks import Ranks, Share
+from ebm_prior.run import CACHE, Onlooker, RunFolder, environment
 from ebm_prior.transitions import FITTED, MAX_STEP_SIZE
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
@@ -218,10 +219,17 @@ def fit(
         )
     if len(images) < 10:
         raise EbmPriorError(f"{len(images)} images are too few to fit on; give at least 10")
-    run = RunFolder(run_dir)
-    fitting = _Fit(prior, config, run, record or {}, on_save)
+    ranks = Ranks(prior.backbone.device)
+    if config.batch_size % ranks.size:
+        raise EbmPriorError(
+            f"a batch of {config.batch_size} cannot be shared by {ranks.size} processes; "
+            "choose a multiple of their number"
+        )
+    run = RunFolder(run_dir) if ranks.is_main else Onlooker(run_dir)
+    fitting = _Fit(prior, config, run, record or {}, on_save, ranks)
     if not resume:
         run.start(fitting.describe("running"))
+    ranks.wait()
     with CtrlC() as ctrl_c:
         return fitting.run_all(images, ctrl_c, resume)
 
@@ -231,13 +239,14 @@ class _Fit:
 
     def __init__(
         self, prior: EnergyPrior, config: FitConfig, run: RunFolder, record: dict,
-        on_save: Callable[[int], None] | None = None,
+        on_save: Callable[[int], None] | None, ranks: Ranks,
     ) -> None:  # fmt: skip
         self.prior, self.config, self.run, self.record = prior, config, run, record
-        self.on_save = on_save
+        self.on_save, self.ranks = on_save, ranks
         self.phases = OBJECTIVES[config.objective]
         self.parameters = list(prior.heads.parameters())
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.own_rows = ranks.share(self.generator)
         self.step_size = prior.sampler.step_size
         self.acceptance: float | None = None
         self.phase, self.iteration, self.total = 0, 0, 0
@@ -305,6 +314,7 @@ class _Fit:
             self.config.seed,
             self.config.cache_gb,
             on_chunk,
+            self.ranks,
         )
         if isinstance(source, PosteriorStream):
             tqdm.write(
@@ -367,7 +377,7 @@ class _Fit:
                 if self.config.sample_every and self.total % self.config.sample_every == 0:
                     self.sample_grid()
                     began = time.monotonic()
-                if ctrl_c.pressed:
+                if self.ranks.any(ctrl_c.pressed):
                     self.save(interrupted=True)
                     raise Interrupted(f"interrupted; continue with: {self.resume_command()}")
         kept = self.average
@@ -378,12 +388,12 @@ class _Fit:
     # -- one iteration --------------------------------------------------------------------
 
     def positives(self) -> Latents:
-        """Head inputs of a random batch of posterior samples."""
+        """Head inputs of this process's rows of a random batch of posterior samples."""
         pick = torch.randint(len(self.train), (self.config.batch_size,), generator=self.generator)
-        return self.source(self.train[pick], self.generator)
+        return self.source(self.train[self.ranks.rows(pick)], self.own_rows)
 
     @torch.no_grad()
-    def gaussian_inputs(self, n: int, generator: torch.Generator) -> Latents:
+    def gaussian_inputs(self, n: int, generator: torch.Generator | Share) -> Latents:
         """Head inputs of n samples of the backbone's own prior."""
         return self.inputs_of(self.prior.noise(n, generator))
 
@@ -404,13 +414,18 @@ class _Fit:
         n, size = self.config.batch_size, POOL_BATCHES * self.config.batch_size
         fresh = max(n // self.config.reuse, 1)
         if self.pool is None:
-            parts = [self.gaussian_inputs(n, self.generator) for _ in range(POOL_BATCHES)]
-            self.pool = torch.cat([torch.cat([t.flatten(1) for t in p], 1) for p in parts])
+            self.pool = torch.cat([self.flat_gaussian_inputs(n) for _ in range(POOL_BATCHES)])
         rows = (self.iteration * fresh + torch.arange(fresh)) % size
-        new = self.gaussian_inputs(fresh, self.generator)
-        self.pool[rows] = torch.cat([t.flatten(1) for t in new], 1)
-        picked = self.pool[torch.randperm(size, generator=self.generator)[:n]]
-        return split_inputs(picked, self.prior)
+        self.pool[rows] = self.flat_gaussian_inputs(fresh)
+        pick = torch.randperm(size, generator=self.generator)[:n]
+        return split_inputs(self.pool[self.ranks.rows(pick)], self.prior)
+
+    def flat_gaussian_inputs(self, n: int) -> Tensor:
+        """`gaussian_inputs` as rows (n, D), a share of them from every process."""
+        if n % self.ranks.size:  # too few to share: every process makes them all
+            return _rows_of(self.gaussian_inputs(n, self.generator))
+        own = self.gaussian_inputs(n // self.ranks.size, self.own_rows)
+        return self.ranks.gather(_rows_of(own))
 
     def mle_iteration(self) -> dict:
         """Posterior samples against samples of the tilted prior (Eq. 10/17)."""
@@ -419,7 +434,8 @@ class _Fit:
             eps, rates = self.transitions(self.chain_starts(), self.config.steps)
         if self.config.chains == "persistent":
             self.pool[self.picked] = eps
-        step = self.update(contrastive_loss, positives, self.inputs_of(self.unflatten(eps)))
+        negatives = self.inputs_of(self.unflatten(self.ranks.rows(eps)))
+        step = self.update(contrastive_loss, positives, negatives)
         step["norm"] = eps.square().mean().item()
         if rates:
             step["acceptance"] = sum(rates) / len(rates)
@@ -452,24 +468,29 @@ class _Fit:
         return torch.cat(chains)[:size]
 
     def transitions(self, eps: Tensor, steps: int) -> tuple[Tensor, list[float]]:
-        """Move chains (B, D) by the sampler's transition; also the acceptance rates."""
+        """Move chains (B, D) by the sampler's transition, a share of them in every process.
+
+        Returns:
+            All chains (B, D), and the acceptance rate of every step.
+        """
+        eps = self.ranks.rows(eps)
         if self.prior.sampler.transition == "langevin":
             sampler = SamplerConfig("langevin", steps, self.step_size)
-            moved = self.prior.run_chain(self.unflatten(eps), sampler, generator=self.generator)
-            return flatten(moved)[0], []
+            moved = self.prior.run_chain(self.unflatten(eps), sampler, generator=self.own_rows)
+            return self.ranks.gather(flatten(moved)[0]), []
         energy, rates = self.prior.energy_of_noise, []
         state = start_chain(energy, eps, self.unflatten)
         for _ in range(steps):
-            state, rate = self.tuned_step(energy, state)
+            state, rate = self.tuned_step(energy, state, self.own_rows)
             rates.append(rate)
-        return state.eps, rates
+        return self.ranks.gather(state.eps), rates
 
-    def tuned_step(self, energy: Callable, state: ChainState) -> tuple[ChainState, float]:
+    def tuned_step(
+        self, energy: Callable, state: ChainState, generator: torch.Generator | Share
+    ) -> tuple[ChainState, float]:
         """One Metropolis step; its acceptance rate moves the step size."""
-        state, _, probability = pcnl_step(
-            energy, state, self.unflatten, self.step_size, self.generator
-        )
-        rate = probability.mean().item()
+        state, _, probability = pcnl_step(energy, state, self.unflatten, self.step_size, generator)
+        rate = self.ranks.mean(probability.mean()).item()
         self.step_size *= math.exp(0.1 * (rate - self.config.acceptance))
         self.step_size = min(max(self.step_size, 1e-6), MAX_STEP_SIZE)
         return state, rate
@@ -481,15 +502,12 @@ class _Fit:
         self.recent = both
         e_pos, e_neg = self.prior.energies_of(both).chunk(2)
         loss = loss_of(e_pos, e_neg, self.config.regularizer)
-        step = {
-            "loss": loss.item(),
-            "positive": e_pos.detach().mean(0).tolist(),
-            "negative": e_neg.detach().mean(0).tolist(),
-        }
+        step = {"loss": self.ranks.mean(loss.detach()).item(), **self.means(e_pos, e_neg)}
         if self.diverged(step):
             return step  # never let bad numbers into the weights
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.average_gradients(self.parameters)
         grads = [p.grad for p in self.parameters]
         step["grad_norm"] = torch.nn.utils.get_total_norm(grads).item()
         if not math.isfinite(step["grad_norm"]):
@@ -533,7 +551,7 @@ class _Fit:
             nce_loss(self.prior.energies_of(pos), self.prior.energies_of(neg)).item()
             for pos, neg in self.judged
         ]
-        loss = sum(losses) / len(losses)
+        loss = self.ranks.agree(sum(losses) / len(losses))
         self.run.log({"iteration": self.total, "held_out_loss": loss})
         if loss < self.best_loss:
             self.best_loss, self.since_best = loss, 0
@@ -566,8 +584,12 @@ class _Fit:
     def spoilt(self) -> str:
         """`diverged` with the weights of the last update, before they are kept as good."""
         e_pos, e_neg = self.prior.energies_of(self.recent).chunk(2)
-        means = {"positive": e_pos.mean(0).tolist(), "negative": e_neg.mean(0).tolist()}
-        return self.diverged(means | {"loss": 0.0})
+        return self.diverged(self.means(e_pos, e_neg) | {"loss": 0.0})
+
+    def means(self, e_pos: Tensor, e_neg: Tensor) -> dict[str, list[float]]:
+        """Mean energy of every head, over the rows of all processes, nats."""
+        means = self.ranks.mean(torch.stack([e_pos.detach().mean(0), e_neg.detach().mean(0)]))
+        return dict(zip(("positive", "negative"), means.tolist(), strict=True))
 
     def roll_back(self, guilty: str) -> None:
         """Return to the last good state with half the learning rate and step size."""
@@ -671,7 +693,7 @@ class _Fit:
 
     def show_average(self) -> None:
         """Call `on_save` with the averaged heads in place."""
-        if self.on_save is not None:
+        if self.on_save is not None and self.ranks.is_main:
             own = [p.detach().clone() for p in self.parameters]
             self.load_parameters(self.average)
             self.on_save(self.total)
@@ -747,7 +769,7 @@ class _Fit:
                 state, rates = start_chain(energy, start, self.unflatten), []
                 for _ in range(steps):
                     size = self.step_size
-                    state, rate = self.tuned_step(energy, state)
+                    state, rate = self.tuned_step(energy, state, self.generator)
                     rates.append(rate)
                     if last:
                         self.step_size = size
@@ -755,6 +777,8 @@ class _Fit:
 
     def sample_grid(self) -> None:
         """36 samples of the heads one would keep now, always from the same noise."""
+        if not self.ranks.is_main:
+            return
         own = [p.detach().clone() for p in self.parameters]
         if self.phase < len(self.phases):
             self.load_parameters(self.average)
@@ -765,3 +789,8 @@ class _Fit:
         images = self.prior.images(eps)
         if images.isfinite().all():  # a picture must never cost a fit
             save_png(self.run.path / "samples" / f"{self.total:06d}.png", grid(images))
+
+
+def _rows_of(inputs: Latents) -> Tensor:
+    """Head inputs, one (B, *shape) per head, as rows (B, D): undoes `split_inputs`."""
+    return torch.cat([tensor.flatten(1) for tensor in inputs], 1)

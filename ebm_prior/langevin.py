@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.ranks import Share
 
 __all__ = [
     "ChainState", "StepInfo", "keyed_generator", "langevin", "metropolis", "metropolis_chain",
     "pcnl", "pcnl_step", "rand", "randn", "start_chain",
 ]  # fmt: skip
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = torch.Generator | Sequence[torch.Generator] | Share | None
 """One generator for the batch, or one per sample (each sample then has its own stream)."""
 
 
@@ -293,6 +294,8 @@ def _draw(sampler: Callable, like: Tensor, generator: Generators) -> Tensor:
         return sampler(like.shape, generator=generator, dtype=like.dtype, device=device).to(
             like.device
         )
+    if isinstance(generator, Share):
+        return generator.draw(sampler, like.shape, like.dtype).to(like.device)
     if len(generator) != len(like):
         raise EbmPriorError(f"{len(generator)} generators for a batch of {len(like)}")
     rows = [

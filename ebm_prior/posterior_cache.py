@@ -17,6 +17,7 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_json
 from ebm_prior.langevin import Generators, rand
 from ebm_prior.prior import EnergyPrior
+from ebm_prior.ranks import Ranks
 
 __all__ = ["PosteriorCache", "PosteriorStream", "posterior_source"]
 
@@ -79,6 +80,7 @@ class PosteriorCache:
         path: Array file; a `.json` beside it says how far it is filled.
         seed: Seed of the draws.
         on_chunk: Called after every chunk; may raise to stop.
+        ranks: Processes that share the chunks; the folder must be one that all reach.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class PosteriorCache:
         path: Path,
         seed: int,
         on_chunk: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.prior = stream.prior
+        ranks = ranks or Ranks(self.prior.backbone.device)
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (len(stream), row_size(self.prior))
         progress_path = path.with_suffix(".json")
@@ -97,8 +101,10 @@ class PosteriorCache:
             progress = json.loads(progress_path.read_text())
             if progress["shape"] == list(shape) and progress["seed"] == seed:
                 done = progress["done"]
-        if not done:
+        ranks.wait()  # all have seen what there is
+        if not done and ranks.is_main:
             _reserve(path, shape)
+        ranks.wait()
         self.rows = np.memmap(path, np.float32, "r+", shape=shape)
         chunks = range(done, len(stream), ENCODE_BATCH)
         if chunks:
@@ -106,15 +112,21 @@ class PosteriorCache:
             bar = tqdm(
                 chunks, f"encoding {len(stream.images)} images ({size:.0f} MiB)", disable=None
             )
-            for start in bar:
-                index = torch.arange(start, min(start + ENCODE_BATCH, len(stream)))
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % 2**63)
-                inputs = stream(index, generator)
-                flat = torch.cat([t.flatten(1) for t in inputs], 1)
-                self.rows[start : start + len(index)] = flat.float().cpu().numpy()
+            for number, start in enumerate(bar):
+                end = min(start + ENCODE_BATCH, len(stream))
+                if number % ranks.size == ranks.rank:
+                    index = torch.arange(start, end)
+                    generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % 2**63)
+                    inputs = stream(index, generator)
+                    flat = torch.cat([t.flatten(1) for t in inputs], 1)
+                    self.rows[start:end] = flat.float().cpu().numpy()
                 if start // ENCODE_BATCH % 20 == 19 or start == chunks[-1]:
-                    done = {"shape": shape, "seed": seed, "done": start + len(index)}
-                    write_json(progress_path, done)
+                    if ranks.size > 1:
+                        self.rows.flush()  # for processes that read it over a network
+                        ranks.wait()
+                    if ranks.is_main:
+                        done = {"shape": shape, "seed": seed, "done": end}
+                        write_json(progress_path, done)
                 on_chunk()
 
     def __len__(self) -> int:
@@ -166,9 +178,10 @@ def posterior_source(
     seed: int,
     cache_gb: float,
     on_chunk: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> PosteriorCache | PosteriorStream:
     """A cache if it fits into `cache_gb` GiB of disk, otherwise fresh draws per batch."""
     stream = PosteriorStream(prior, images, draws)
     if len(stream) * row_size(prior) * 4 > cache_gb * 2**30:
         return stream
-    return PosteriorCache(stream, path, seed, on_chunk)
+    return PosteriorCache(stream, path, seed, on_chunk, ranks)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
@@ -160,6 +161,8 @@ def check_device(device: str | torch.device) -> torch.device:
     if not known:
         raise EbmPriorError(f"unknown device {str(device)!r}; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
+        if device.index is None and "LOCAL_RANK" in os.environ:  # one process a GPU
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         count = torch.cuda.device_count()
         if count == 0:
             raise EbmPriorError("no CUDA device on this machine; use --device cpu")

@@ -25,7 +25,7 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes, write_json, write_text
 from ebm_prior.saved import CONFIG, WEIGHTS, read_config
 
-__all__ = ["RunFolder", "newest_run"]
+__all__ = ["Onlooker", "RunFolder", "newest_run"]
 
 STATE = "state/state.safetensors"
 CACHE = "state/posterior.npy"  # large; made again where it is missing
@@ -146,6 +146,16 @@ class RunFolder:
             self._events = SummaryWriter(str(self.path / "tb"), purge_step=iteration)
         for key, value in _scalars(record):
             self._events.add_scalar(key, value, iteration)
+
+
+class Onlooker(RunFolder):
+    """The same folder for a process that must not write to it."""
+
+    def _leave(self, *_: object) -> None:
+        """What the main process does."""
+
+    start = write_config = save_heads = save_state = drop_cache = _leave
+    finish = rewind_log = log = _leave
 
 
 def _scalars(record: dict, prefix: str = "") -> Iterable[tuple[str, float]]:

@@ -12,6 +12,7 @@ from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.langevin import StepInfo
 from ebm_prior.prior import EnergyPrior, SamplerConfig
+from ebm_prior.ranks import Ranks
 
 __all__ = ["SeededBatch", "parse_seeds", "seeded_batches"]
 
@@ -38,6 +39,7 @@ def seeded_batches(
     batch_size: int = 100,
     temperature: float = 1.0,
     callback: Callable[[StepInfo], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[SeededBatch]:
     """Run one chain per seed; start, noise and acceptance of a chain come from its seed.
 
@@ -48,23 +50,33 @@ def seeded_batches(
         batch_size: Chains run together; changes results by rounding only.
         temperature: Multiplies every prior sigma.
         callback: Called with a `StepInfo` after every step of every batch.
+        ranks: Processes that share the chains of each batch, of which every one gets all; a
+            callback then sees those of its own process.
     """
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     total = len(seeds) * config.steps
     with tqdm(total=total, desc="sampling", unit="step", disable=None, delay=1) as bar:
 
         def advance(info: StepInfo) -> None:
-            bar.update(len(info.accepted))
+            bar.update(size * len(info.accepted))
             if callback is not None:
                 callback(info)
 
         for first in range(0, len(seeds), batch_size):
-            own = list(seeds[first : first + batch_size])
+            batch = list(seeds[first : first + batch_size])
+            # as many rows in every process: the last is repeated where they do not come out even
+            each = -(-len(batch) // size)
+            own = (batch + batch[-1:] * size)[rank * each : (rank + 1) * each]
             generators = [torch.Generator().manual_seed(seed) for seed in own]
             start = prior.noise(len(own), generators)
             end = prior.run_chain(
                 start, config, temperature=temperature, generator=generators, callback=advance
             )
-            yield SeededBatch(own, start, end)
+            if size > 1:
+                start, end = (
+                    tuple(ranks.gather(e)[: len(batch)] for e in eps) for eps in (start, end)
+                )
+            yield SeededBatch(batch, start, end)
 
 
 def parse_seeds(text: str) -> list[int]:

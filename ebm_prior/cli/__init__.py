@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 import click
@@ -26,8 +28,11 @@ from ebm_prior.cli.report import report
 from ebm_prior.cli.sample import sample
 from ebm_prior.cpu import keep_freed_memory
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.ranks import is_main
 
 __all__ = ["main"]
+
+SHARED = ("fit", "sample", "evaluate")  # verbs that several processes do together
 
 
 class Cli(click.Group):
@@ -50,7 +55,7 @@ class Cli(click.Group):
         debug = len(args) < len(given)
         args = args or ["--help"]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), nullcontext() if is_main() else _silence():
                 warnings.showwarning = _one_line_each()
                 code = super().main(args, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)
@@ -77,8 +82,16 @@ class Cli(click.Group):
                 "run again with --debug for the traceback"
             )
             code = 1
-        click.echo(f"Error: {' '.join(message.split())}", err=True)
+        if is_main() or code == 1:  # wrong usage is the same in every process
+            click.echo(f"Error: {' '.join(message.split())}", err=True)
         sys.exit(code)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing from a process that works for another; its own error is still shown."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _one_line_each() -> Callable[..., None]:
@@ -97,13 +110,16 @@ def _one_line_each() -> Callable[..., None]:
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ebm-prior")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback on errors.")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Energy priors for pretrained hierarchical VAEs.
 
     \b
     ebm-prior fit --ckpt nvae_cifar.pt
     ebm-prior sample --steps 40
     """
+    if not is_main() and ctx.invoked_subcommand not in SHARED:
+        ctx.exit()  # under torchrun one process is enough for these
 
 
 for command in (

@@ -141,6 +141,7 @@ def evaluate(
     from ebm_prior.evaluate import evaluate as measure
     from ebm_prior.feature_cache import FeatureCache
     from ebm_prior.metrics import FeatureStatistics
+    from ebm_prior.ranks import is_main
 
     heads.check_record(record)
     prior, folder, config = heads.open()
@@ -176,6 +177,8 @@ def evaluate(
             )
             for r in range(repeats)
         ]
+    if not is_main():
+        return
     result = runs[0] if repeats == 1 else Repeated(tuple(runs))
     click.echo(json.dumps(result.to_dict()) if as_json else result.table().text())
     if record:  # after the result is shown: it must not be lost to a full disk

@@ -178,6 +178,7 @@ def fit(
     from ebm_prior.fit import FitConfig
     from ebm_prior.fit import fit as fit_heads
     from ebm_prior.prior import EnergyPrior, SamplerConfig
+    from ebm_prior.ranks import Ranks
     from ebm_prior.registry import detect_backbone, load_backbone
     from ebm_prior.run import RunFolder
 
@@ -214,6 +215,7 @@ def fit(
     if not resuming:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = Path(out or f"runs/{backbone}-{Path(images.name).stem}-{stamp}")
+        folder = Ranks(loaded.device).agree(folder)  # their clocks may differ
     with torch.random.fork_rng(devices=[]):  # heads are made on the CPU
         torch.manual_seed(config.seed)
         prior = EnergyPrior.for_backbone(loaded, kind, nef, ndf, sampler)

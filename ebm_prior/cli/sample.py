@@ -62,16 +62,34 @@ def sample(
     ebm-prior sample --seeds 0-15 --compare --trajectory strip.png
     """
     from contextlib import ExitStack
+    from functools import partial
 
     from ebm_prior.files import check_writable
     from ebm_prior.images import ImageWriter, save_png, to_uint8
     from ebm_prior.pictures import Strip, before_after
+    from ebm_prior.ranks import Ranks
     from ebm_prior.sampling import parse_seeds, seeded_batches
 
     seed_list = parse_seeds(seeds) if seeds is not None else list(range(seed, seed + n))
     prior, folder, _ = heads.open()
     config, temperature = chain.config(prior), chain.temperature
     chain.readjust(prior.backbone)
+    ranks = Ranks(prior.backbone.device)
+    batches = partial(
+        seeded_batches,
+        prior,
+        seed_list,
+        config,
+        batch_size=chain.batch_size,
+        temperature=temperature,
+        ranks=ranks,
+    )
+    if trajectory and ranks.size > 1:
+        raise click.UsageError("--trajectory wants a single process")
+    if not ranks.is_main:
+        for _ in batches():  # its share of the chains; the main process shows the images
+            pass
+        return
     if out is None:
         kept = heads.local and (folder / "samples").is_dir()
         samples = folder / "samples" if kept else Path()
@@ -89,14 +107,7 @@ def sample(
             if compare:
                 second = path.with_name(f"{path.stem}-gaussian{path.suffix}")
                 writers.append(stack.enter_context(ImageWriter(second, len(seed_list), seed_list)))
-        for batch in seeded_batches(
-            prior,
-            seed_list,
-            config,
-            batch_size=chain.batch_size,
-            temperature=temperature,
-            callback=strip,
-        ):
+        for batch in batches(callback=strip):
             if strip is not None:
                 strip.close(batch.start)
             images = to_uint8(prior.images(batch.end, temperature))
