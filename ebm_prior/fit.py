@@ -28,6 +28,7 @@ from ebm_prior.images import grid, save_png
 from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
+from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.run import CACHE, RunFolder, environment
@@ -457,7 +458,7 @@ class _Fit:
             sampler = SamplerConfig("langevin", steps, self.step_size)
             moved = self.prior.run_chain(self.unflatten(eps), sampler, generator=self.generator)
             return flatten(moved)[0], []
-        energy, rates = self.prior.energy_of_noise, []
+        energy, rates = MicroBatched(self.prior.energy_of_noise, self.prior), []
         state = start_chain(energy, eps, self.unflatten)
         for _ in range(steps):
             state, rate = self.tuned_step(energy, state)
@@ -739,7 +740,7 @@ class _Fit:
         if self.prior.sampler.transition != "pcnl":
             return
         generator = torch.Generator().manual_seed(self.config.seed + 2)
-        energy = self.prior.energy_of_noise
+        energy = MicroBatched(self.prior.energy_of_noise, self.prior)
         steps = self.prior.sampler.steps
         with frozen(self.prior.heads):
             for last in [False] * rounds + [True]:
