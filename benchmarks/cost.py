@@ -28,7 +28,8 @@ def needed_flops(prior: EnergyPrior) -> int:
     Twice those of the forward pass, as each convolution passes back one gradient, to its
     input, and none to its weights.
     """
-    heads = flops(lambda: prior.energies_of([torch.zeros(1, *h.shape) for h in prior.heads]))
+    inputs = [torch.zeros(1, *h.shape, device=prior.backbone.device) for h in prior.heads]
+    heads = flops(lambda: prior.energies_of(inputs))
     return 2 * (tower_flops(prior.backbone.network.config, prior.reads_features) + heads)
 
 
@@ -39,6 +40,9 @@ def tower_flops(config: NetworkConfig, features: bool) -> int:
     first combiner only the latents' part, as its state is a constant; the last combiner only
     where `features` are asked for. 1x1 convolutions run before an upsampling, not after.
     """
+
+    if {config.cells["normal_dec"], config.cells["up_dec"]} != {("mconv_e6k5g0",)}:
+        raise ValueError(f"only res_mbconv cells are counted, not {config.cells['normal_dec']}")
 
     def cell(c_in: int, c_out: int, size_in: int, size: int) -> int:
         hidden, squeezed = 6 * c_in, max(c_out // 16, 4)
@@ -79,7 +83,7 @@ def saved_bytes(function: Callable, flat: Tensor, unflatten: Callable) -> int:
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage._cdata] = storage.nbytes()  # has no address on the meta device
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

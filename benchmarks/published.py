@@ -18,10 +18,10 @@ __all__ = ["Published"]
 class Published:
     """log p(z) - E(z) at z = T(eps), through the plain network.
 
-    Batch norms and weight norms run as in training, the activation is the public code's, the
-    image is decoded at every step and kept until the next, and log p(z) is differentiated: its
-    gradient with respect to eps is -eps - grad sum log sigma, which is not the paper's score
-    (App. A.3). The heads are the same as ours.
+    Batch norms and weight norms are applied at every call, the activation is the public code's,
+    the image is decoded at every step and held through the backward pass, and log p(z) is
+    differentiated: its gradient with respect to eps is -eps - grad sum log sigma, which is not
+    the paper's score (App. A.3). The heads are the same as ours.
 
     Args:
         prior: Heads on an NVAE.
@@ -34,6 +34,7 @@ class Published:
     @patch.object(F, "silu", lambda x: Swish.apply(x))
     def __call__(self, eps: Sequence[Tensor]) -> Tensor:
         """Noise, one (B, *shape) per group, to (B,), nats."""
+        self.logits = None
         network = self.prior.backbone.network
         z, log_p = [], []
 
