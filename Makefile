@@ -29,8 +29,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/installed  ## the Langevin step against the published form; agreement with the public code
-	$(BIN)/python benchmarks/langevin_step.py
+bench: $(VENV)/installed  ## a Langevin step against the published form, scaling, agreement; a quarter of an hour
+	$(BIN)/python -m benchmarks.langevin_step
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.peer
+	$(BIN)/python -m benchmarks.fast_form tests/fixtures/*/*/
 	$(BIN)/python -m benchmarks.parity tests/fixtures/*/*/
 
 clean:

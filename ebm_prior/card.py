@@ -422,7 +422,10 @@ def evaluate_command(config: dict, repo_id: str) -> str:
             ("--transition", "transition"), ("--steps", "steps"), ("--step-size", "step_size"),
         ):  # fmt: skip
             args += [option, str(used.get(key))]
-    for option, key, default in (("--temperature", "temperature", 1.0), ("--seed", "seed", 0)):
+    for option, key, default in (
+        ("--temperature", "temperature", 1.0), ("--precision", "chain_precision", "fp32"),
+        ("--seed", "seed", 0),
+    ):  # fmt: skip
         if found.get(key, default) != default:
             args += [option, str(found[key])]
     return "ebm-prior evaluate " + shlex.join(args)

@@ -31,8 +31,8 @@ class FeatureCache:
     """A folder with one file per finished batch; as a context, deleted once all is done.
 
     The folder's name is a hash of what a batch depends on besides its seeds: weights of heads
-    and backbone (readjusted batch-norm statistics too), sampler, temperature, features,
-    device and versions. A file's name is the batch's seeds.
+    and backbone (readjusted batch-norm statistics too), sampler, temperature, precision,
+    features, device and versions. A file's name is the batch's seeds.
 
     Args:
         root: Where to create the folder.
@@ -54,7 +54,7 @@ class FeatureCache:
         what = [
             _sha256(prior), backbone.name, backbone.sha256, asdict(config), temperature,
             network.name, str(network.device), str(backbone.device), __version__,
-            torch.__version__,
+            torch.__version__, prior.precision,
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         self.folder = Path(root) / f"evaluate-{key}"

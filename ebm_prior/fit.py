@@ -28,7 +28,9 @@ from ebm_prior.images import grid, save_png
 from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
+from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
+from ebm_prior.precision import PRECISIONS
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.ranks import Ranks, Share
 from ebm_prior.run import CACHE, Onlooker, RunFolder, environment
@@ -70,6 +72,8 @@ class FitConfig:
         refresh: Share of chains restarted from N(0, I) at every use.
         steps: Transitions per `mle` iteration.
         acceptance: Target of the step-size tuning (`pcnl` only).
+        precision: `fp32` or `bf16`, of the backbone's pass inside chains; what heads learn
+            from is always computed in float32, so that rounding tells them nothing.
         draws: Posterior samples per image; 0 means one, or more where images are few.
         held_out: Share of images kept aside to judge the `nce` phase.
         patience: `nce` stops after this many judgements without improvement.
@@ -102,6 +106,7 @@ class FitConfig:
     refresh: float = 0.02
     steps: int = 2
     acceptance: float = 0.7
+    precision: str = "fp32"
     draws: int = 0
     held_out: float = 0.05
     patience: int = 20
@@ -121,6 +126,10 @@ class FitConfig:
             )
         if self.chains not in ("persistent", "fresh"):
             raise EbmPriorError(f"chains must be persistent or fresh, got {self.chains!r}")
+        if self.precision not in PRECISIONS:
+            raise EbmPriorError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         for name in (
             "batch_size",
             "reuse",
@@ -219,6 +228,7 @@ def fit(
         )
     if len(images) < 10:
         raise EbmPriorError(f"{len(images)} images are too few to fit on; give at least 10")
+    prior.precision = config.precision
     ranks = Ranks(prior.backbone.device)
     if config.batch_size % ranks.size:
         raise EbmPriorError(
@@ -478,7 +488,7 @@ class _Fit:
             sampler = SamplerConfig("langevin", steps, self.step_size)
             moved = self.prior.run_chain(self.unflatten(eps), sampler, generator=self.own_rows)
             return self.ranks.gather(flatten(moved)[0]), []
-        energy, rates = self.prior.energy_of_noise, []
+        energy, rates = MicroBatched(self.prior.energy_of_noise, self.prior), []
         state = start_chain(energy, eps, self.unflatten)
         for _ in range(steps):
             state, rate = self.tuned_step(energy, state, self.own_rows)
@@ -761,7 +771,7 @@ class _Fit:
         if self.prior.sampler.transition != "pcnl":
             return
         generator = torch.Generator().manual_seed(self.config.seed + 2)
-        energy = self.prior.energy_of_noise
+        energy = MicroBatched(self.prior.energy_of_noise, self.prior)
         steps = self.prior.sampler.steps
         with frozen(self.prior.heads):
             for last in [False] * rounds + [True]:

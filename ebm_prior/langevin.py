@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.ranks import Share
 
 __all__ = [
@@ -254,18 +255,24 @@ def value_and_grad(
 
     Samples are independent, so the gradient of the sum holds each sample's own.
     """
-    # also where the caller is in inference mode, whose tensors know no gradient
-    with torch.inference_mode(False), torch.enable_grad():
-        point = flat.clone() if flat.is_inference() else flat.detach()
-        point.requires_grad_()
-        value = function(unflatten(point))
-        if value.shape != flat.shape[:1]:
-            raise EbmPriorError(
-                f"a density or energy of {len(flat)} samples must have shape ({len(flat)},), "
-                f"got {tuple(value.shape)}"
-            )
-        (grad,) = torch.autograd.grad(value.sum(), point)
-    return value.detach(), grad
+
+    def evaluate(rows: Tensor) -> tuple[Tensor, Tensor]:
+        # also where the caller is in inference mode, whose tensors know no gradient
+        with torch.inference_mode(False), torch.enable_grad():
+            point = rows.clone() if rows.is_inference() else rows.detach()
+            point.requires_grad_()
+            value = function(unflatten(point))
+            if value.shape != rows.shape[:1]:
+                raise EbmPriorError(
+                    f"a density or energy of {len(rows)} samples must have shape "
+                    f"({len(rows)},), got {tuple(value.shape)}"
+                )
+            (grad,) = torch.autograd.grad(value.sum(), point)
+        return value.detach(), grad
+
+    if isinstance(function, MicroBatched):
+        return function.in_parts(evaluate, flat)
+    return evaluate(flat)
 
 
 def keyed_generator(*key: int) -> torch.Generator:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.langevin import ChainState, flatten, keyed_generator, pcnl_step, start_chain
+from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.prior import EnergyPrior, frozen
 
 __all__ = ["ENOUGH", "Partition", "log_mean_exp", "log_partition"]
@@ -167,7 +168,7 @@ def start(
 ) -> tuple[ChainState, Callable]:
     """States of chains at N(0, I), with energy and gradient at beta = 1."""
     flat, unflatten = flatten(prior.noise(n or len(generators), generators))
-    state = start_chain(prior.energy_of_noise, flat, unflatten)
+    state = start_chain(MicroBatched(prior.energy_of_noise, prior), flat, unflatten)
     if not state.energy.isfinite().all():
         raise EbmPriorError(
             "ln Z needs finite energies, but those of some draws from N(0, I) are not: "
@@ -189,7 +190,7 @@ def move(
     States are kept at beta = 1.
     """
     moved, _, probability = pcnl_step(
-        lambda eps: beta * prior.energy_of_noise(eps),
+        MicroBatched(lambda eps: beta * prior.energy_of_noise(eps), prior),
         scaled(state, beta),
         unflatten,
         step_size,

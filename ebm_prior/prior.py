@@ -15,6 +15,8 @@ from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import EnergyHead
 from ebm_prior.langevin import Generators, StepInfo, check_settings, randn
+from ebm_prior.micro_batch import MicroBatched
+from ebm_prior.precision import check_precision, tower_precision
 from ebm_prior.transitions import TRANSITIONS
 
 __all__ = ["EnergyPrior", "SamplerConfig"]
@@ -74,6 +76,10 @@ class EnergyPrior(nn.Module):
         nef: Channels of the heads' convolutions (Table 12).
         ndf: Units of the heads' linear layers (Table 12).
         sampler: Default transition, steps and step size.
+
+    Attributes:
+        micro_batch: Chains whose gradient is taken at once, None for all: fewer need less
+            memory, for the same result. Halves itself when memory runs out.
     """
 
     def __init__(
@@ -92,6 +98,8 @@ class EnergyPrior(nn.Module):
         self.backbone = backbone.freeze()
         self.kind, self.nef, self.ndf = heads, nef, ndf
         self.sampler = sampler or SamplerConfig()
+        self.micro_batch: int | None = None
+        self._precision = "fp32"
         self.reads_groups = heads in ("factorized", "both")
         self.reads_features = heads in ("joint", "both")
         self.head_names = tuple(inputs)
@@ -136,13 +144,28 @@ class EnergyPrior(nn.Module):
         """Total energy of latents: (B,), nats."""
         return self.energies(z).sum(1)
 
+    @property
+    def precision(self) -> str:
+        """Of the top-down pass in `energy_of_noise`, hence in chains: `fp32` or `bf16`.
+
+        With `bf16` (autocast) noise and heads stay in float32, and so does the pass that makes
+        images. How chains are run, not what they sample: it is not stored with the heads.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        check_precision(value, self.backbone)
+        self._precision = value
+
     def energy_of_noise(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """E(T(eps)): (B,), nats; one top-down pass serves groups and features."""
-        if self.reads_features:
-            inputs = self.head_inputs(*self.backbone.top_down(eps, temperature))
-        else:
-            inputs = self.backbone.transform(eps, temperature)
-        return self.energies_of(inputs).sum(1)
+        with tower_precision(self.precision, self.backbone.device):
+            if self.reads_features:
+                inputs = self.head_inputs(*self.backbone.top_down(eps, temperature))
+            else:
+                inputs = self.backbone.transform(eps, temperature)
+        return self.energies_of([tensor.to(eps[0].dtype) for tensor in inputs]).sum(1)
 
     def log_density(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """Log p(eps) = -E(T(eps)) - |eps|^2 / 2 + const (App. A.3): (B,), nats."""
@@ -226,7 +249,7 @@ class EnergyPrior(nn.Module):
         density = getattr(self, transition.density)
         with frozen(self.heads):
             return transition.chain(
-                lambda e: density(complete(e), temperature),
+                MicroBatched(lambda e: density(complete(e), temperature), self),
                 eps,
                 steps=config.steps,
                 step_size=config.step_size,

@@ -187,10 +187,12 @@ def test_repeats_are_runs_with_the_next_seeds(world):
 
 def test_what_is_recorded_reproduces_from_the_card(world):
     run("evaluate", "stats", "--data", "x.npz", "--out", "test.npz")
-    run(*EVALUATE, "--reference", "test.npz", "--repeats", 2, "--record")
+    run(*EVALUATE, "--reference", "test.npz", "--repeats", 2, "--precision", "bf16", "--record")
     config = json.loads(Path("heads/config.json").read_text())
     card = model_card(config)
-    assert "--reference test.npz --repeats 2" in card and "Means of 2 runs." in card
+    assert (
+        "--reference test.npz --repeats 2 --precision bf16" in card and "Means of 2 runs." in card
+    )
     recorded = config["training"]["evaluation"]
     assert f"| energy prior | {recorded['energy']['frechet']:.2f} |" in card
     for key, value in (("runs", "x"), ("reference", 3)):

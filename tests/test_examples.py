@@ -19,13 +19,3 @@ def test_example_runs(script, tmp_path):
         capture_output=True,
     )
     assert (tmp_path / "out").exists()
-
-
-def test_benchmarks_start(tmp_path):
-    checkpoint = ROOT / "checkpoints/nvae_digits/checkpoint.pt"
-    out = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/langevin_step.py"), "--ckpt", str(checkpoint),
-         "--batch", "4", "--repeats", "1", "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "speed_up_over_published" in out.stdout

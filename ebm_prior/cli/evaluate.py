@@ -21,6 +21,7 @@ from ebm_prior.cli.options import (
     heads_options,
     json_option,
     positive,
+    precision_option,
     record_option,
     seed_type,
 )
@@ -73,6 +74,7 @@ resize_option = click.option(
 @click.group(invoke_without_command=True)
 @heads_options
 @chain_options
+@precision_option
 @data_options
 @click.option(
     "-n",
@@ -106,6 +108,7 @@ def evaluate(
     ctx: click.Context,
     heads: HeadsChoice,
     chain: ChainChoice,
+    precision: str,
     data: DataChoice,
     n: int,
     seed: int,
@@ -145,6 +148,7 @@ def evaluate(
 
     heads.check_record(record)
     prior, folder, config = heads.open()
+    prior.precision = precision
     backbone, sampler = prior.backbone, chain.config(prior)
     network = features.open(backbone.image_shape, heads.device)
     data = data.or_recorded(config)
@@ -184,6 +188,7 @@ def evaluate(
     if record:  # after the result is shown: it must not be lost to a full disk
         found = {
             "data": Path(data.source(backbone)).name,
+            "chain_precision": precision,
             "features_option": features.features and Path(features.features).name,
         }
         if reference is not None:

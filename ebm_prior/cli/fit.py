@@ -23,6 +23,7 @@ from ebm_prior.cli.options import (
     seed_type,
 )
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.precision import PRECISIONS
 
 
 def fit_settings(command: Callable) -> Callable:
@@ -45,6 +46,7 @@ def fit_settings(command: Callable) -> Callable:
         "pool": (click.IntRange(min=0), "Persistent chains; 0: two batches."),
         "steps": (positive, "Transitions per mle iteration (K)."),
         "acceptance": (Finite(0, 1, max_open=True), "Target of the step-size tuning."),
+        "precision": (click.Choice(PRECISIONS), "Of the backbone's pass inside chains."),
         "draws": (click.IntRange(min=0), "Posterior samples per image; 0: by their number."),
         "cache_gb": (Finite(min=0), "Largest posterior cache on disk, GiB."),
         "save_every": (positive, "Iterations between saves."),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.precision import PRECISIONS
 from ebm_prior.transitions import TRANSITIONS
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ positive_float = Finite(min=0, min_open=True)
 seed_type = click.IntRange(0, 2**62)  # seed + i must still be a seed of torch's
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of the backbone's pass inside chains; bf16 is inexact, and faster on recent processors.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 record_option = click.option(

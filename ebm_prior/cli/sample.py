@@ -12,6 +12,7 @@ from ebm_prior.cli.options import (
     chain_options,
     heads_options,
     positive,
+    precision_option,
     seed_type,
 )
 
@@ -19,6 +20,7 @@ from ebm_prior.cli.options import (
 @click.command()
 @heads_options
 @chain_options
+@precision_option
 @click.option("-n", "--number", "n", type=positive, default=64, show_default=True)
 @click.option(
     "--seed",
@@ -47,6 +49,7 @@ from ebm_prior.cli.options import (
 def sample(
     heads: HeadsChoice,
     chain: ChainChoice,
+    precision: str,
     n: int,
     seed: int,
     seeds: str | None,
@@ -73,6 +76,7 @@ def sample(
     seed_list = parse_seeds(seeds) if seeds is not None else list(range(seed, seed + n))
     prior, folder, _ = heads.open()
     config, temperature = chain.config(prior), chain.temperature
+    prior.precision = precision
     chain.readjust(prior.backbone)
     ranks = Ranks(prior.backbone.device)
     batches = partial(

@@ -1,0 +1,94 @@
+"""What a gradient costs, in numbers without noise: operations, and bytes kept for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones.nvae.network import NetworkConfig
+from ebm_prior import EnergyPrior
+
+__all__ = ["flops", "needed_flops", "saved_bytes"]
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of the convolutions and matrix products in a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def needed_flops(prior: EnergyPrior) -> int:
+    """Operations that one sample's energy and its gradient cannot do without.
+
+    Twice those of the forward pass, as each convolution passes back one gradient, to its
+    input, and none to its weights.
+    """
+    inputs = [torch.zeros(1, *h.shape, device=prior.backbone.device) for h in prior.heads]
+    heads = flops(lambda: prior.energies_of(inputs))
+    return 2 * (tower_flops(prior.backbone.network.config, prior.reads_features) + heads)
+
+
+def tower_flops(config: NetworkConfig, features: bool) -> int:
+    """Operations of one sample's top-down pass through res_mbconv cells, from shapes alone.
+
+    Counted are: per group the cells, the prior's 1x1 convolution and the combiner; of the
+    first combiner only the latents' part, as its state is a constant; the last combiner only
+    where `features` are asked for. 1x1 convolutions run before an upsampling, not after.
+    """
+
+    if {config.cells["normal_dec"], config.cells["up_dec"]} != {("mconv_e6k5g0",)}:
+        raise ValueError(f"only res_mbconv cells are counted, not {config.cells['normal_dec']}")
+
+    def cell(c_in: int, c_out: int, size_in: int, size: int) -> int:
+        hidden, squeezed = 6 * c_in, max(c_out // 16, 4)
+        widen = 2 * c_in * hidden * size_in**2
+        spatial = 2 * hidden * 5 * 5 * size**2
+        narrow = 2 * hidden * c_out * size**2
+        gate = 4 * c_out * squeezed if config.use_se else 0
+        skip = 2 * c_in * c_out * size_in**2 if size != size_in else 0
+        return widen + spatial + narrow + gate + skip
+
+    total, before = 0, config.group_sizes[0]
+    for index, size in enumerate(config.group_sizes):
+        width, latents = config.channels_dec * config.image_size // size, config.latents
+        if size != before:
+            total += cell(2 * width, width, before, size)
+        if index:
+            total += config.cells_dec * cell(width, width, size, size)
+            total += 2 * width * 2 * latents * size**2
+        if features or index < config.num_groups - 1:
+            total += 2 * ((width if index else 0) + latents) * width * size**2
+        before = size
+    return total
+
+
+def saved_bytes(function: Callable, flat: Tensor, unflatten: Callable) -> int:
+    """Bytes that autograd keeps per sample between the forward and the backward pass.
+
+    The difference between two samples and one, so that weights, which are kept once, drop out.
+
+    Args:
+        function: Density or energy of latents.
+        flat: At least two samples, (B, D).
+        unflatten: Makes latents of them.
+    """
+
+    def kept(batch: int) -> int:
+        storages = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()  # has no address on the meta device
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = function(unflatten(flat[:batch].detach().clone().requires_grad_()))
+        del value  # held the graph, hence every storage, until here
+        return sum(storages.values())
+
+    return kept(2) - kept(1)

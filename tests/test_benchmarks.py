@@ -1,0 +1,85 @@
+"""Every benchmark runs, at toy size; what it measures is another matter."""
+
+import json
+import statistics
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import gpu, langevin_step, peer, scaling
+from benchmarks.timing import interleaved, ratios
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints/nvae_digits/checkpoint.pt"
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(command, *args):
+    result = CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_langevin_step(tmp_path, monkeypatch):
+    # in this process, which is quicker
+    monkeypatch.setattr(langevin_step, "peak_memory", langevin_step.peak_here)
+    out = tmp_path / "x.json"
+    run(langevin_step.main, "--ckpt", CHECKPOINT, "--batch", 4, "--threads", 1, "--repeats", 1,
+        "--heads", "joint", "--json", out)  # fmt: skip
+    found = json.loads(out.read_text())
+    forms = {row["form"]: row for row in found["forms"]}
+    assert list(forms) == list(langevin_step.FORMS)
+    assert forms["published"]["speed_up"] == 1
+    assert forms["ours"]["gflop"] == forms["chunked"]["gflop"] < forms["published"]["gflop"]
+    assert forms["bf16"]["saved_mib"] < forms["ours"]["saved_mib"] / 1.5
+    assert forms["chunked"]["saved_mib"] == forms["ours"]["saved_mib"] / 4
+    (floor,) = found["floors"]
+    assert 0 < floor["arithmetic_ms"] < floor["convolutions_ms"]
+
+
+def test_scaling(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "SWEEPS", {"steps": (1, 2), "groups": (2, 4), "batch": (1, 2)})
+    monkeypatch.setattr(scaling, "BASE", {"steps": 1, "groups": 2, "batch": 1})
+    run(scaling.main, "--width", 2, "--repeats", 1, "--json", tmp_path / "x.json")
+    found = {s["variable"]: s for s in json.loads((tmp_path / "x.json").read_text())["sweeps"]}
+    for variable in ("steps", "batch"):  # proportional to the letter
+        assert found[variable]["flop_exponent"] == pytest.approx(1)
+    assert found["groups"]["flop_exponent"] > 1  # the first group has no cells
+    assert scaling.exponent((1, 2, 4), [3, 12, 48]) == pytest.approx(2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_benchmark_says_so():
+    assert run(gpu.main) == "no CUDA device: nothing measured\n"
+
+
+@pytest.mark.gpu
+def test_the_gpu_benchmark(tmp_path):
+    run(gpu.main, "--model", "A", "--batch", 2, "--repeats", 1, "--json", tmp_path / "x.json")
+    assert len(json.loads((tmp_path / "x.json").read_text())["forms"]) == len(langevin_step.FORMS)
+
+
+def test_the_comparison_with_a_peer():
+    output = run(peer.main, "--ckpt", CHECKPOINT, "--batch", 2, "--steps", 2, "--repeats", 1)
+    if find_spec("torchebm") is None:
+        assert "torchebm is not installed" in output
+    else:
+        assert float(output.split()[-1]) < 1e-4
+
+
+def test_rounds_are_interleaved_and_each_call_goes_first():
+    order, now = [], iter(range(100))
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = interleaved(calls, 3, lambda: next(now))
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"  # the first round warms up
+    assert all(len(values) == 3 and set(values) == {1} for values in times.values())
+    pairs = {"slow": [2.0, 9.0, 4.0], "fast": [1.0, 3.0, 4.0]}
+    assert ratios(pairs, "slow") == {"slow": 1, "fast": statistics.median([2, 3, 1])}
