@@ -97,6 +97,14 @@ def test_log_posterior_is_that_of_the_draw():
     torch.testing.assert_close(backbone.log_posterior(x, post.z), post.log_q)
 
 
+def test_sigmas_are_bounded_however_far_the_layer_above():
+    """Else exp(-E) with a linear head could not be normalised."""
+    backbone = tiny()
+    for scale in (1.0, 1e6):
+        sigma = backbone.prior(1, scale * torch.randn(50, 2)).scale
+        assert sigma.min() >= math.exp(-1.0) - 1e-6 and sigma.max() <= math.exp(1.0) + 1e-6
+
+
 def test_a_joint_head_sees_every_layer():
     prior = EnergyPrior.for_backbone(tiny(), heads="joint", nef=2, ndf=4)
     z = [t.requires_grad_() for t in prior.backbone.transform(noise(prior.backbone))]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from backbones.generator.network import (
+    POSTERIOR_BOUND,
+    PRIOR_BOUND,
     GeneratorConfig,
     gaussian,
     image_decoder,
@@ -66,7 +68,7 @@ class Generator(Backbone):
         if i == 0:
             zero = torch.zeros_like(above)
             return Normal(zero, zero + 1, validate_args=False)
-        return gaussian(self.p_z[i - 1], above)
+        return gaussian(self.p_z[i - 1], above, PRIOR_BOUND)
 
     def transform(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Latents:
         """z_i = mu_i + temperature * sigma_i * eps_i, from the top (Eq. 28-29)."""
@@ -110,8 +112,8 @@ class Generator(Backbone):
     def inference(self, i: int, x: Tensor, z: Sequence[Tensor]) -> Normal:
         """q(z_i | what is below it): of the bottom group the image, else z[i + 1]."""
         if i == len(self.groups) - 1:
-            return gaussian(self.q_x, 2 * x.to(self.dtype) - 1)
-        return gaussian(self.q_z[i], z[i + 1])
+            return gaussian(self.q_x, 2 * x.to(self.dtype) - 1, POSTERIOR_BOUND)
+        return gaussian(self.q_z[i], z[i + 1], POSTERIOR_BOUND)
 
     def posterior(
         self,

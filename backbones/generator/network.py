@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -20,13 +21,17 @@ from ebm_prior.errors import EbmPriorError
 from ebm_prior.safe_load import shown
 from ebm_prior.saved import is_text
 
-__all__ = ["GeneratorConfig", "gaussian", "image_decoder", "image_encoder", "mlp"]
+__all__ = [
+    "POSTERIOR_BOUND", "PRIOR_BOUND", "GeneratorConfig", "gaussian", "image_decoder",
+    "image_encoder", "mlp",
+]  # fmt: skip
 
 MIN_SIZE = 4  # Table 12 begins at 4x4 pixels
 MAX_START = 16  # pixels; one kernel of this size makes the first feature map from a vector
 MAX_WIDTH = 1 << 16
 MAX_LAYERS = 64
-SIGMA_FLOOR = 1e-2  # added to every sigma, as the authors' code does
+PRIOR_BOUND = 1.0  # of |log sigma| of p(z_i|z_{i+1})
+POSTERIOR_BOUND = 5.0  # of q's, which must be able to become narrow
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,22 @@ def _is_width(value: object) -> bool:
     return type(value) is int and 1 <= value <= MAX_WIDTH
 
 
-def gaussian(net: nn.Module, x: Tensor) -> Normal:
-    """N(mu, sigma^2), whose mu and log sigma are the two halves of a network's output."""
+def gaussian(net: nn.Module, x: Tensor, bound: float) -> Normal:
+    """N(mu, sigma^2), whose mu and log sigma are the two halves of a network's output.
+
+    log sigma is bounded, softly, by bound * tanh(. / bound). Of the prior it has to be: a head
+    whose energy falls linearly tilts the mean of exp(-E) over N(mu, sigma^2) by about
+    exp(slope^2 sigma^2 / 2), and with log sigma linear in the layer above that is a double
+    exponential, which no N(0, I) makes integrable: log Z would be infinite. The scale of
+    latents being free, the bound costs nothing but extreme ratios.
+
+    Args:
+        net: Maps x to (B, 2 D, ...).
+        x: Its input.
+        bound: Largest |log sigma|.
+    """
     mu, log_sigma = net(x).flatten(1).chunk(2, 1)
-    return Normal(mu, log_sigma.exp() + SIGMA_FLOOR, validate_args=False)
+    return Normal(mu, (bound * torch.tanh(log_sigma / bound)).exp(), validate_args=False)
 
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
