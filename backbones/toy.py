@@ -17,45 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
+from ebm_prior.backbone import Backbone, LatentGroup, Latents, Posterior
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.likelihoods import GaussianLikelihood
 
 __all__ = ["ToyBackbone", "load", "recognises"]
 
 SETTINGS = {"top", "bottom", "size", "sigma", "seed"}
 MAX_FILE = 1 << 12  # bytes
-
-
-class ToyLikelihood(Likelihood):
-    """N(mean, sigma^2 I) on the pixels; `params` is the unclamped mean."""
-
-    name = "Gaussian"
-
-    def __init__(self, params: Tensor, sigma: float) -> None:
-        self.params = params
-        self.sigma = sigma
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of images (B, 1, H, W): (B,), nats."""
-        squared = ((x - self.params) / self.sigma).square().flatten(1).sum(1)
-        return -0.5 * squared - self.params[0].numel() * (
-            math.log(self.sigma) + 0.5 * math.log(2 * math.pi)
-        )
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean image, clamped to [0, 1]."""
-        return self.params.clamp(0, 1)
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Noisy image, clamped to [0, 1]."""
-        noise = torch.randn(
-            self.params.shape,
-            generator=generator,
-            device=self.params.device,
-            dtype=self.params.dtype,
-        )
-        return (self.params + self.sigma * noise).clamp(0, 1)
 
 
 class ToyBackbone(Backbone):
@@ -156,11 +125,11 @@ class ToyBackbone(Backbone):
         self.check_latents(z, "z")
         return torch.cat(list(z), 1)
 
-    def decode(self, z: Sequence[Tensor]) -> ToyLikelihood:
+    def decode(self, z: Sequence[Tensor]) -> GaussianLikelihood:
         """N(W z_1 + 0.5, sigma^2 I)."""
         self.check_latents(z, "z")
         pixels = z[1] @ self.W.T + 0.5
-        return ToyLikelihood(pixels.reshape(len(pixels), *self.image_shape), self.sigma)
+        return GaussianLikelihood(pixels.reshape(len(pixels), *self.image_shape), self.sigma)
 
 
 def recognises(path: Path) -> bool:

@@ -1,138 +1,61 @@
-"""What the trainers of all families share: settings, the resumable loop, stopping, files."""
+"""What the stage-one trainers of all families share: settings, the ELBO's step, files."""
 
 from __future__ import annotations
 
 import abc
-import io
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from backbones.loop import STATE, Loop, LoopConfig, Progress, configure, save_torch_file
 from backbones.stages.checkpoint import FILES
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.files import check_writable, write_bytes
-from ebm_prior.interrupt import CtrlC, Interrupted
-from ebm_prior.safe_load import load_torch_file
 
 __all__ = [
     "CHECKPOINT", "Progress", "Terms", "Training", "TrainingConfig", "check_unused", "configure",
     "elbo_of", "save_torch_file",
 ]  # fmt: skip
 
-STATE = "state.pt"
 CHECKPOINT = "checkpoint.pt"
 RESULTS = {"nvae": (CHECKPOINT,), **FILES}  # of each family: one folder holds one model
-SEEDS = 2**63  # seeds are taken modulo this: torch has none beyond 64 bits
-Progress = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(LoopConfig):
     """Settings of every family's stage one; each adds its own.
 
     Attributes:
-        iterations: Optimizer steps.
-        epochs: Passes over the images; where given, decides `iterations`.
-        batch_size: Images per step.
         lr: Adamax learning rate after warm-up; falls to `lr_min` along a cosine.
         lr_min: Learning rate at the end.
         warmup: Share of the steps over which the rate rises.
         weight_decay: Adamax L2 penalty.
         kl_anneal: Share of the steps over which beta rises to 1.
         clip: Largest gradient norm; beyond, the gradient is scaled down to it.
-        save_every: Steps between saves of the state to resume from.
-        seed: Seed of everything random.
     """
 
-    iterations: int = 6000
-    epochs: int = 0
-    batch_size: int = 64
     lr: float = 1e-2
     lr_min: float = 1e-4
     warmup: float = 0.05
     weight_decay: float = 3e-4
     kl_anneal: float = 0.3
     clip: float = 200.0
-    save_every: int = 500
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind is float:
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise EbmPriorError(f"{field.name} must be a number, got {value!r}")
-                valid = 0 <= value < math.inf
-            elif kind is int:
-                valid = _is_whole(value, 0)
-            elif kind is tuple:
-                valid = isinstance(value, (tuple, list)) and all(_is_whole(v, 1) for v in value)
-            else:
-                valid = isinstance(value, kind)
-            if not valid:
-                raise EbmPriorError(f"{field.name} must not be {value!r}")
-            if kind is tuple:  # a list where it came as JSON
-                object.__setattr__(self, field.name, tuple(value))
-        for name in ("iterations", "save_every", "lr", "clip"):
-            self.require_positive(name)
+        super().__post_init__()
+        self.require_positive("lr", "clip")
         if self.batch_size < 2:
             raise EbmPriorError(
                 "batch_size must be at least 2: activations are normalised over it"
             )
         if self.warmup >= 1 or self.kl_anneal > 1:
             raise EbmPriorError("warmup and kl_anneal are shares of the steps, below 1")
-
-    def require_positive(self, name: str) -> None:
-        """Raise `EbmPriorError` if the setting is zero."""
-        if not getattr(self, name) > 0:
-            raise EbmPriorError(f"{name} must be positive, got {getattr(self, name)}")
-
-    def steps_per_epoch(self, images: int) -> int:
-        """Whole batches in a pass over so many images."""
-        return max(1, images // min(self.batch_size, images))
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-C = TypeVar("C", bound=TrainingConfig)
-
-
-def configure(kind: type[C], settings: Mapping[str, Any], images: Tensor) -> C:
-    """Make a configuration, after checking the images and the names of the settings.
-
-    Args:
-        kind: Class of the configuration.
-        settings: Its fields.
-        images: Training images, uint8, (N, C, H, W) with N >= 2.
-
-    Raises:
-        EbmPriorError: If the images are of another kind, or a setting is unknown or out of
-            range.
-    """
-    unknown = settings.keys() - {field.name for field in fields(kind)}
-    if unknown:
-        raise EbmPriorError(f"unknown pretrain settings: {', '.join(sorted(unknown))}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2:
-        raise EbmPriorError(
-            f"images must be uint8 of shape (N, C, H, W) with N >= 2, got {images.dtype} "
-            f"{tuple(images.shape)}"
-        )
-    config = kind(**settings)
-    if config.epochs:
-        steps = config.steps_per_epoch(len(images))
-        config = replace(config, iterations=config.epochs * steps)
-    return config
 
 
 def check_unused(out: Path, family: str, resume: bool) -> None:
@@ -180,8 +103,8 @@ class Terms(NamedTuple):
     kl: Tensor
 
 
-class Training(abc.ABC):
-    """State of one run. Randomness is seeded per step, so the step number is its state.
+class Training(Loop):
+    """One run of stage one.
 
     Args:
         images: Training images, uint8, (N, C, H, W).
@@ -196,14 +119,13 @@ class Training(abc.ABC):
         family: Name of the family, one of `RESULTS`.
     """
 
-    family: str
+    config: TrainingConfig
 
     def __init__(
         self, images: Tensor, out: Path, dataset: str, config: TrainingConfig, model: Backbone,
         network: nn.Module, adam_eps: float,
     ) -> None:  # fmt: skip
-        self.images, self.out, self.dataset, self.config = images, out, dataset, config
-        self.model, self.device = model, model.device
+        super().__init__(images, out, dataset, config, model)
         self.network = network.requires_grad_(True)
         if self.device.type == "cpu":
             self.network.to(memory_format=torch.channels_last)  # NVAE: 1.6 times the speed
@@ -213,9 +135,6 @@ class Training(abc.ABC):
             weight_decay=config.weight_decay,
             eps=adam_eps,
         )
-        self.step = 0
-        self.saved: int | None = None
-        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     # -- for the family to say ------------------------------------------------------------
 
@@ -229,50 +148,14 @@ class Training(abc.ABC):
 
     # -- files ----------------------------------------------------------------------------
 
-    @property
-    def description(self) -> str:
-        """Everything that must agree for a run to be continued."""
-        values = asdict(self.config) | {
-            "backbone": self.family,
-            "dataset": self.dataset,
-            "images": list(self.images.shape),
-            "sum": int(self.images.sum(dtype=torch.int64)),
-        }
-        values.pop("save_every")
-        return json.dumps(values, sort_keys=True)
+    def capture(self) -> dict[str, Any]:
+        """Weights and the optimizer's state."""
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def prepare(self, resume: bool) -> None:
-        """After `check_unused`: can files be written? Load the state of the run to continue."""
-        state = self.out / STATE
-        check_writable(state)
-        if not resume:
-            return
-        data = load_torch_file(state)
-        if not isinstance(data, dict) or "description" not in data:
-            raise EbmPriorError(f"{state} is not a state that pretraining wrote")
-        if data["description"] != self.description:
-            old, new = json.loads(data["description"]), json.loads(self.description)
-            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            raise EbmPriorError(
-                f"{self.out} was started with other settings ({', '.join(changed)}); resume "
-                "with the same ones, or choose another --out"
-            )
-        self.network.load_state_dict(data["network"])
-        self.optimizer.load_state_dict(data["optimizer"])
-        self.step = self.saved = data["step"]
-
-    def save(self) -> None:
-        """Write the state to resume from, atomically."""
-        save_torch_file(
-            self.out / STATE,
-            {
-                "description": self.description,
-                "step": self.step,
-                "network": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-        )
-        self.saved = self.step
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to them."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def finish(self) -> Path:
         """Write the result, without the optimizer's state, and drop the state file."""
@@ -284,36 +167,9 @@ class Training(abc.ABC):
     # -- steps ----------------------------------------------------------------------------
 
     def run(self, progress: Progress | None) -> None:
-        """All remaining steps.
-
-        Raises:
-            EbmPriorError: If the loss or its gradient is not finite.
-            Interrupted: On Ctrl-C, after saving.
-        """
-        total = self.config.iterations
+        """All remaining steps, with the network in training mode."""
         self.network.train()
-        bar = tqdm(
-            total=total,
-            initial=self.step,
-            desc="pretrain",
-            disable=None if progress is None else True,
-        )
-        with bar, CtrlC() as ctrl_c:
-            while self.step < total:
-                metrics = self.one_step()
-                self.step += 1
-                if progress is not None:
-                    progress(self.step, total, metrics)
-                bar.set_postfix(elbo=f"{metrics['elbo']:.1f}", refresh=False)
-                bar.update()
-                if self.step % self.config.save_every == 0 or self.step == total:
-                    self.save()
-                if ctrl_c.pressed:
-                    self.save()
-                    raise Interrupted(
-                        f"interrupted at iteration {self.step} of {total}; the state is saved: "
-                        f"run the same command with --resume --out {self.out}"
-                    )
+        super().run(progress)
 
     def one_step(self) -> dict[str, float]:
         """Gradient step on one batch."""
@@ -338,32 +194,6 @@ class Training(abc.ABC):
         self.optimizer.step()
         kl = terms.kl.sum(1).mean().item()
         return {"loss": value, "elbo": terms.log_px.mean().item() - kl, "kl": kl}
-
-    def generator(self) -> torch.Generator:
-        """All the randomness of this step."""
-        seed = (self.config.seed + 1) * 1_000_003 + self.step
-        return torch.Generator().manual_seed(seed % SEEDS)
-
-    def batch(self, generator: torch.Generator) -> Tensor:
-        """Images of this step in [0, 1], every image once per epoch."""
-        size = min(self.config.batch_size, len(self.images))
-        epoch, index = divmod(self.step, self.config.steps_per_epoch(len(self.images)))
-        return self.draw(self.shuffled(epoch)[index * size : (index + 1) * size], generator)
-
-    def shuffled(self, epoch: int) -> Tensor:
-        """Indices of all images in the order of an epoch."""
-        if self.order[0] != epoch:
-            seed = self.config.seed * 7919 + epoch
-            shuffle = torch.Generator().manual_seed(seed % SEEDS)
-            self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
-        return self.order[1]
-
-    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, C, H, W) in [0, 1], of zeros and ones where the model wants them."""
-        x = self.images[indices].float() / 255
-        if self.model.binarize:
-            x = torch.bernoulli(x, generator=generator)
-        return x.to(self.device)
 
     def rate(self) -> float:
         """Learning rate of this step: linear rise, then a cosine."""
@@ -407,10 +237,3 @@ def elbo_of(
         z, kl = infer(x, generator)
         values.append((backbone.decode(z).log_prob(x) - kl.sum(1)).cpu())
     return torch.cat(values)
-
-
-def save_torch_file(path: Path, data: Mapping[str, Any] | str) -> None:
-    """`torch.save`, atomically."""
-    buffer = io.BytesIO()
-    torch.save(data, buffer)
-    write_bytes(path, buffer.getvalue())

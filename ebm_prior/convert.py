@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ebm_prior.backbone import Backbone
     from ebm_prior.prior import EnergyPrior, SamplerConfig
 
-__all__ = ["converted_backbone", "import_heads", "to_safetensors"]
+__all__ = ["converted_backbone", "encode", "import_heads", "to_safetensors"]
 
 WIDTHS = ("conv2d.conv1.weight", "linear.fc1.weight")  # nef and ndf rows
 TRAINING_ONLY = {"optimizer", "scheduler", "grad_scalar"}
@@ -105,10 +105,23 @@ def to_safetensors(family: str, path: str | Path) -> bytes:
     data = read_contents(family, path)
     if isinstance(data, Mapping):
         data = {key: value for key, value in data.items() if key not in TRAINING_ONLY}
+    return encode(data, path)
+
+
+def encode(data: Any, path: str | Path) -> bytes:
+    """What a checkpoint holds as one safetensors file, which `load_torch_file` reads.
+
+    Args:
+        data: Tensors, plain values, and lists and tables of them.
+        path: Named in messages.
+
+    Raises:
+        EbmPriorError: If it holds anything else.
+    """
     tensors: dict[str, Tensor] = {}
     names: dict[tuple, str] = {}
 
-    def encode(value: Any) -> Any:
+    def node(value: Any) -> Any:
         if isinstance(value, Tensor) and value.layout == torch.strided:
             # a tensor under two names is stored once
             key = (value.data_ptr(), value.dtype, value.shape, value.stride())
@@ -119,16 +132,16 @@ def to_safetensors(family: str, path: str | Path) -> bytes:
         if isinstance(value, Named):
             return {"name": value.name}
         if isinstance(value, argparse.Namespace):
-            return {"namespace": encode(vars(value))["table"]}
+            return {"namespace": node(vars(value))["table"]}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {"table": {key: encode(entry) for key, entry in value.items()}}
+            return {"table": {key: node(entry) for key, entry in value.items()}}
         if isinstance(value, (list, tuple)):
-            return {"list": [encode(entry) for entry in value]}
+            return {"list": [node(entry) for entry in value]}
         if value is None or type(value) in (bool, int, float, str):
             return {"value": value}
         raise EbmPriorError(f"{path} holds a {type(value).__name__}, which cannot be converted")
 
-    structure = json.dumps(encode(data))
+    structure = json.dumps(node(data))
     plain_state(tensors, Path(path))  # before copies are made of what may claim to be terabytes
     try:
         return save(

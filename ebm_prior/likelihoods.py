@@ -18,6 +18,7 @@ __all__ = [
     "BernoulliLikelihood",
     "BinomialLikelihood",
     "DiscretizedLogisticMixture",
+    "GaussianLikelihood",
     "uniforms_like",
 ]
 
@@ -110,6 +111,41 @@ class BinomialLikelihood(Likelihood):
         p = self.mean.detach().to(device)
         heads = torch.binomial(torch.full_like(p, self.trials), p, generator=generator)
         return (heads / self.trials).to(self.params.device)
+
+
+class GaussianLikelihood(Likelihood):
+    """N(mean, sigma^2 I) on the pixels, a density over images in [0, 1].
+
+    Args:
+        params: Means, (B, C, H, W), unclamped.
+        sigma: Standard deviation of every pixel, in units of [0, 1].
+    """
+
+    name = "Gaussian"
+
+    def __init__(self, params: Tensor, sigma: float) -> None:
+        self.params = params
+        self.sigma = sigma
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of images (B, C, H, W): (B,), nats."""
+        squared = ((x - self.params) / self.sigma).square().flatten(1).sum(1)
+        return -0.5 * squared - self.params[0].numel() * (
+            math.log(self.sigma) + 0.5 * math.log(2 * math.pi)
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean image, clamped to [0, 1]."""
+        return self.params.clamp(0, 1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Noisy image, clamped to [0, 1]."""
+        device = self.params.device if generator is None else generator.device
+        noise = torch.randn(
+            self.params.shape, generator=generator, device=device, dtype=self.params.dtype
+        ).to(self.params.device)
+        return (self.params + self.sigma * noise).clamp(0, 1)
 
 
 class DiscretizedLogisticMixture(Likelihood):

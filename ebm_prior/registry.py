@@ -10,6 +10,9 @@ a no, and the first line of its docstring says what it looks for.
 A family whose checkpoints are not one file of `torch.save` each may also hold
 `contents(path) -> dict`: plain values and tensors that `ebm_prior.convert` makes one file of.
 Its `load` then gets them back from `load_torch_file` on that file.
+
+Trainers register under `ebm_prior.pretrain` (stage one) and `ebm_prior.train` (a backbone and
+its heads together), by the name of their family.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "ebm_prior.backbones"
 TRAINER_GROUP = "ebm_prior.pretrain"
+JOINT_GROUP = "ebm_prior.train"
 
 
 def list_backbones() -> tuple[str, ...]:
@@ -135,9 +139,14 @@ def read_contents(name: str, path: str | Path) -> Any:
         raise _unforeseen(path, name, error) from error
 
 
-def find_trainer(name: str) -> Callable:
-    """The function that trains a backbone of this family (stage one)."""
-    return _find(name, TRAINER_GROUP).load()
+def find_trainer(name: str, group: str = TRAINER_GROUP) -> Callable:
+    """The function that trains a family's backbone: stage one, or with its heads.
+
+    Args:
+        name: Family.
+        group: Entry-point group: `TRAINER_GROUP` for stage one, `JOINT_GROUP` for both.
+    """
+    return _find(name, group).load()
 
 
 def _find(name: str, group: str = ENTRY_POINT_GROUP) -> EntryPoint:

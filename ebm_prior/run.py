@@ -1,8 +1,9 @@
-"""Run folders: what `fit` leaves behind and resumes from.
+"""Run folders: what `fit` and `train` leave behind and resume from.
 
 config.json         settings, backbone path and SHA-256, versions, seed, status, results
 heads.safetensors   the heads to sample with, replaced atomically at every save
-state/              what --resume needs (one safetensors file, replaced atomically)
+backbone.safetensors  of `train`: the generator that was trained with them
+state/              what --resume needs (one file, replaced atomically)
 log.jsonl, tb/      one line per logged iteration; the same as TensorBoard events
 samples/*.png       sample grids
 """
@@ -176,8 +177,17 @@ def environment() -> dict:
     }
 
 
-def newest_run(root: str | Path = "runs", statuses: Sequence[str] = ("finished",)) -> Path:
+def newest_run(
+    root: str | Path = "runs",
+    statuses: Sequence[str] = ("finished",),
+    made_by: str | None = None,
+) -> Path:
     """The most recent run under `root` with one of the given statuses.
+
+    Args:
+        root: Folder of run folders.
+        statuses: Which to consider.
+        made_by: `fit` or `train`: only runs that hold this verb's settings.
 
     Raises:
         EbmPriorError: If there is none.
@@ -185,7 +195,8 @@ def newest_run(root: str | Path = "runs", statuses: Sequence[str] = ("finished",
     found = []
     for path in Path(root).glob(f"*/{CONFIG}"):
         try:
-            status = json.loads(path.read_text())["training"]["status"]
+            training = json.loads(path.read_text())["training"]
+            status = training["status"] if made_by is None or made_by in training else None
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if status in statuses:

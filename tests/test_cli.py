@@ -66,7 +66,7 @@ def _inside(world, monkeypatch):
 
 
 VERBS = ["fit", "sample", "evaluate", "hierarchy", "ood", "anomaly", "chains", "likelihood"]
-VERBS += ["report", "info", "pretrain", "push", "pull", "import", "demo"]
+VERBS += ["report", "info", "pretrain", "train", "push", "pull", "import", "demo"]
 VERBS += ["evaluate stats", "evaluate images"]
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import ebm_prior
 from backbones.biva.checkpoint import NAMES
-from backbones.toy import ToyBackbone, ToyLikelihood
+from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, detect_backbone
 from ebm_prior.info import backbone_info, describe, likelihood_name
+from ebm_prior.likelihoods import GaussianLikelihood
 from ebm_prior.safe_load import mentions
 from tests.sessions import Evil, trap, write_biva, write_hvae
 from tests.test_cli import QUICK, run
@@ -156,7 +157,7 @@ def test_broken_and_silent_plug_ins_do_not_matter(monkeypatch):
     monkeypatch.setitem(sys.modules, "wrong_plug_in", wrong)
     monkeypatch.setattr(registry, "entry_points", more)
     assert detect_backbone(NVAE) == "nvae"
-    with pytest.raises(EbmPriorError, match="looked for biva: a [^;]*; hvae: [^;]*; nvae: "):
+    with pytest.raises(EbmPriorError, match="looked for biva: a [^;]*; generator: [^;]*; hvae: "):
         detect_backbone(ROOT / "pyproject.toml")
 
 
@@ -199,8 +200,8 @@ def test_likelihoods_have_names(tmp_path):
 
 
 def test_an_adapter_without_a_likelihood_name_works(monkeypatch):
-    monkeypatch.delattr(ToyLikelihood, "name")
-    assert backbone_info(ToyBackbone())["likelihood"] == "ToyLikelihood"
+    monkeypatch.delattr(GaussianLikelihood, "name")
+    assert backbone_info(ToyBackbone())["likelihood"] == "GaussianLikelihood"
 
 
 def test_an_nvae_folder_is_told_its_file():

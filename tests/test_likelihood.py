@@ -9,13 +9,14 @@ from torch import nn
 
 import ebm_prior
 from backbones.hvae.likelihoods import DiscretizedLogistic
-from backbones.toy import ToyBackbone, ToyLikelihood
+from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig
 from ebm_prior.bounds import Likelihoods, Weights, bounds, compare, log_weights
 from ebm_prior.likelihoods import (
     BernoulliLikelihood,
     BinomialLikelihood,
     DiscretizedLogisticMixture,
+    GaussianLikelihood,
 )
 from ebm_prior.partition import log_partition
 from ebm_prior.record import recorded
@@ -226,7 +227,7 @@ def test_likelihoods_called_masses_sum_to_one():
 def test_densities_and_grey_bernoullis_are_not_called_masses():
     grey = torch.full((2, 1, 3, 3), 0.5)
     assert not BernoulliLikelihood(grey).is_mass(grey)
-    assert not ToyLikelihood(grey, 0.1).is_mass(grey)
+    assert not GaussianLikelihood(grey, 0.1).is_mass(grey)
 
 
 def test_bits_per_dimension_only_for_masses(toy):

@@ -26,6 +26,7 @@ from ebm_prior.cli.ood import ood
 from ebm_prior.cli.pretrain import pretrain
 from ebm_prior.cli.report import report
 from ebm_prior.cli.sample import sample
+from ebm_prior.cli.train import train
 from ebm_prior.cpu import keep_freed_memory
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.ranks import is_main
@@ -124,6 +125,6 @@ def main(ctx: click.Context) -> None:
 
 for command in (
     fit, sample, evaluate, hierarchy, ood, anomaly, chains, likelihood, report, info, pretrain,
-    push, pull, import_heads, demo,
+    train, push, pull, import_heads, demo,
 ):  # fmt: skip
     main.add_command(command)

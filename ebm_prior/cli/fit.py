@@ -294,4 +294,4 @@ def newest_unfinished() -> Path:
     """The most recently changed run under runs/ that can be resumed."""
     from ebm_prior.run import newest_run
 
-    return newest_run(statuses=("running",))
+    return newest_run(statuses=("running",), made_by="fit")

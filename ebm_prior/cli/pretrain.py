@@ -65,7 +65,9 @@ def pretrain(
     )
 
 
-RESERVED = ("images", "out", "dataset", "resume", "seed", "device", "progress")
+RESERVED = (
+    "images", "out", "dataset", "resume", "seed", "device", "progress", "record", "preset",
+)  # fmt: skip
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

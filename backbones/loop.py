@@ -1,0 +1,272 @@
+"""The resumable loop of every trainer: settings, randomness by step, state, stopping."""
+
+from __future__ import annotations
+
+import abc
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.errors import EbmPriorError
+from ebm_prior.files import check_writable, write_bytes
+from ebm_prior.interrupt import CtrlC, Interrupted
+from ebm_prior.safe_load import load_torch_file
+
+__all__ = ["Loop", "LoopConfig", "Progress", "configure", "save_torch_file"]
+
+STATE = "state.pt"
+SEEDS = 2**63  # seeds are taken modulo this: torch has none beyond 64 bits
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Settings of every trainer; each adds its own, whose types its defaults decide.
+
+    Attributes:
+        iterations: Optimizer steps.
+        epochs: Passes over the images; where given, decides `iterations`.
+        batch_size: Images per step.
+        save_every: Steps between saves of the state to resume from.
+        seed: Seed of everything random.
+    """
+
+    verb: ClassVar[str] = "pretrain"  # whose settings they are
+    iterations: int = 6000
+    epochs: int = 0
+    batch_size: int = 64
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is float:
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise EbmPriorError(f"{field.name} must be a number, got {value!r}")
+                valid = 0 <= value < math.inf
+            elif kind is int:
+                valid = _is_whole(value, 0)
+            elif kind is tuple:
+                valid = isinstance(value, (tuple, list)) and all(_is_whole(v, 1) for v in value)
+            else:
+                valid = isinstance(value, kind)
+            if not valid:
+                raise EbmPriorError(f"{field.name} must not be {value!r}")
+            if kind is tuple:  # a list where it came as JSON
+                object.__setattr__(self, field.name, tuple(value))
+        self.require_positive("iterations", "batch_size", "save_every")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise `EbmPriorError` if one of these settings is zero."""
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise EbmPriorError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Whole batches in a pass over so many images."""
+        return max(1, images // min(self.batch_size, images))
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+C = TypeVar("C", bound=LoopConfig)
+
+
+def configure(kind: type[C], settings: Mapping[str, Any], images: Tensor) -> C:
+    """Make a configuration, after checking the images and the names of the settings.
+
+    Args:
+        kind: Class of the configuration.
+        settings: Its fields.
+        images: Training images, uint8, (N, C, H, W) with N >= 2.
+
+    Raises:
+        EbmPriorError: If the images are of another kind, or a setting is unknown or out of
+            range.
+    """
+    unknown = settings.keys() - {field.name for field in fields(kind)}
+    if unknown:
+        raise EbmPriorError(f"unknown {kind.verb} settings: {', '.join(sorted(unknown))}")
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2:
+        raise EbmPriorError(
+            f"images must be uint8 of shape (N, C, H, W) with N >= 2, got {images.dtype} "
+            f"{tuple(images.shape)}"
+        )
+    config = kind(**settings)
+    if config.epochs:
+        steps = config.steps_per_epoch(len(images))
+        config = replace(config, iterations=config.epochs * steps)
+    return config
+
+
+class Loop(abc.ABC):
+    """One run. Randomness is seeded per step, so the step number is its state.
+
+    Args:
+        images: Training images, uint8, (N, C, H, W).
+        out: Folder of the result and of the state to resume from.
+        dataset: Name that the result is to carry.
+        config: Settings, complete.
+        model: Backbone to train.
+
+    Attributes:
+        family: Its family's name.
+        state_name: The state's file in `out`.
+        shown: Metric beside the progress bar.
+    """
+
+    family: str
+    state_name: str = STATE
+    shown: str = "elbo"
+
+    def __init__(
+        self, images: Tensor, out: Path, dataset: str, config: LoopConfig, model: Backbone
+    ) -> None:
+        self.images, self.out, self.dataset, self.config = images, out, dataset, config
+        self.model, self.device = model, model.device
+        self.step = 0
+        self.saved: int | None = None
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    # -- for the trainer to say -----------------------------------------------------------
+
+    @abc.abstractmethod
+    def one_step(self) -> dict[str, float] | None:
+        """One gradient step; its metrics, or None where it went back to an earlier step."""
+
+    @abc.abstractmethod
+    def capture(self) -> dict[str, Any]:
+        """All that changes but the step number: tensors and plain values, in tables."""
+
+    @abc.abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what `capture` gave."""
+
+    # -- files ----------------------------------------------------------------------------
+
+    @property
+    def description(self) -> str:
+        """Everything that must agree for a run to be continued."""
+        values = asdict(self.config) | {
+            "backbone": self.family,
+            "dataset": self.dataset,
+            "images": list(self.images.shape),
+            "sum": int(self.images.sum(dtype=torch.int64)),
+        }
+        values.pop("save_every")
+        return json.dumps(values, sort_keys=True)
+
+    def prepare(self, resume: bool) -> None:
+        """Can files be written? Load the state of the run to continue."""
+        state = self.out / self.state_name
+        check_writable(state)
+        if not resume:
+            return
+        data = load_torch_file(state)
+        if not isinstance(data, dict) or "description" not in data:
+            raise EbmPriorError(f"{state} is not a state that {self.config.verb} wrote")
+        if data["description"] != self.description:
+            old, new = json.loads(data["description"]), json.loads(self.description)
+            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            raise EbmPriorError(
+                f"{self.out} was started with other settings ({', '.join(changed)}); resume "
+                "with the same ones, or choose another --out"
+            )
+        self.step = self.saved = data["step"]
+        self.restore(data)
+
+    def save(self, interrupted: bool = False) -> None:
+        """Write the state to resume from, atomically.
+
+        Args:
+            interrupted: Whether this is no regular save.
+        """
+        state = {"description": self.description, "step": self.step, **self.capture()}
+        save_torch_file(self.out / self.state_name, state)
+        self.saved = self.step
+
+    # -- steps ----------------------------------------------------------------------------
+
+    def run(self, progress: Progress | None) -> None:
+        """All remaining steps.
+
+        Args:
+            progress: Called after every step with steps done, steps in all, and the metrics;
+                None: a progress bar, on a terminal.
+
+        Raises:
+            EbmPriorError: If a step cannot be done.
+            Interrupted: On Ctrl-C, after saving.
+        """
+        total = self.config.iterations
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc=self.config.verb,
+            disable=None if progress is None else True,
+        )
+        with bar, CtrlC() as ctrl_c:
+            while self.step < total:
+                metrics = self.one_step()
+                if metrics is None:
+                    bar.n = self.step
+                    continue
+                self.step += 1
+                if progress is not None:
+                    progress(self.step, total, metrics)
+                bar.set_postfix({self.shown: f"{metrics[self.shown]:.1f}"}, refresh=False)
+                bar.update()
+                if self.step % self.config.save_every == 0 or self.step == total:
+                    self.save()
+                if ctrl_c.pressed:
+                    if self.saved != self.step:
+                        self.save(interrupted=True)
+                    raise Interrupted(
+                        f"interrupted at iteration {self.step} of {total}; the state is saved: "
+                        f"run the same command with --resume --out {self.out}"
+                    )
+
+    def generator(self) -> torch.Generator:
+        """All the randomness of this step."""
+        seed = (self.config.seed + 1) * 1_000_003 + self.step
+        return torch.Generator().manual_seed(seed % SEEDS)
+
+    def batch(self, generator: torch.Generator) -> Tensor:
+        """Images of this step in [0, 1], every image once per epoch."""
+        size = min(self.config.batch_size, len(self.images))
+        epoch, index = divmod(self.step, self.config.steps_per_epoch(len(self.images)))
+        return self.draw(self.shuffled(epoch)[index * size : (index + 1) * size], generator)
+
+    def shuffled(self, epoch: int) -> Tensor:
+        """Indices of all images in the order of an epoch."""
+        if self.order[0] != epoch:
+            seed = self.config.seed * 7919 + epoch
+            shuffle = torch.Generator().manual_seed(seed % SEEDS)
+            self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
+        return self.order[1]
+
+    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (B, C, H, W) in [0, 1], of zeros and ones where the model wants them."""
+        x = self.images[indices].float() / 255
+        if self.model.binarize:
+            x = torch.bernoulli(x, generator=generator)
+        return x.to(self.device)
+
+
+def save_torch_file(path: Path, data: Mapping[str, Any] | str) -> None:
+    """`torch.save`, atomically."""
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    write_bytes(path, buffer.getvalue())
