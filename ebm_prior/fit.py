@@ -249,14 +249,14 @@ class _Fit:
 
     def __init__(
         self, prior: EnergyPrior, config: FitConfig, run: RunFolder, record: dict,
-        on_save: Callable[[int], None] | None, ranks: Ranks,
+        on_save: Callable[[int], None] | None = None, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.prior, self.config, self.run, self.record = prior, config, run, record
-        self.on_save, self.ranks = on_save, ranks
+        self.on_save, self.ranks = on_save, ranks or Ranks(prior.backbone.device)
         self.phases = OBJECTIVES[config.objective]
         self.parameters = list(prior.heads.parameters())
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.own_rows = ranks.share(self.generator)
+        self.own_rows = self.ranks.share(self.generator)
         self.step_size = prior.sampler.step_size
         self.acceptance: float | None = None
         self.phase, self.iteration, self.total = 0, 0, 0
