@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["commands", "evaluation_table", "heading", "model_card", "picture_captions"]
 
 PAPER = "https://arxiv.org/abs/2306.06323"
+STAGE_TWO = f"""Small networks for `ebm-prior` that tilt the Gaussian prior of a pretrained, frozen
+hierarchical VAE: p(z) ∝ exp(-E(z)) · p_VAE(z), after
+[Cui, Wu and Han (CVPR 2023)]({PAPER}). The backbone's weights are untouched."""
+JOINT = f"""Small networks for `ebm-prior` that tilt the Gaussian prior of a multi-layer generator,
+p(z) ∝ exp(-E(z)) · p_generator(z), trained together with it, after
+[Cui, Wu and Han (CVPR 2023)]({PAPER})."""
 HUB_DATASETS = {
     "celeba": "flwrlabs/celeba",
     "cifar10": "uoft-cs/cifar10",
@@ -155,11 +161,10 @@ def _eval_results(config: dict) -> list[EvalResult]:
 def _title(config: dict) -> str:
     backbone, heads, sampler = config["backbone"], config["heads"], config["sampler"]
     dataset = escaped(backbone.get("dataset") or "unnamed data")
+    about = JOINT if "train" in config.get("training", {}) else STAGE_TWO
     return f"""# Energy heads for {escaped(backbone["name"])} on {dataset}
 
-Small networks for `ebm-prior` that tilt the Gaussian prior of a pretrained, frozen
-hierarchical VAE: p(z) ∝ exp(-E(z)) · p_VAE(z), after
-[Cui, Wu and Han (CVPR 2023)]({PAPER}). The backbone's weights are untouched.
+{about}
 
 Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}. Sampler: {sampler["steps"]}
 `{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
@@ -361,7 +366,8 @@ def _reproduction(config: dict, repo_id: str, pictures: bool) -> str:
         remarks = f"\n\nSet from Python (`FitConfig`): {', '.join(unsettable)}."
     result = training.get("result")
     if isinstance(result, dict) and isinstance(result.get("iterations"), int):
-        remarks = f"\n\nThe fit stopped after {result['iterations']} iterations." + remarks
+        what = "training" if "train" in training else "fit"
+        remarks = f"\n\nThe {what} stopped after {result['iterations']} iterations." + remarks
     return "## Reproduce\n\n```bash\n" + "\n".join(found) + "\n```" + remarks
 
 

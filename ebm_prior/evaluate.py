@@ -24,7 +24,7 @@ from ebm_prior.metrics import (
 )
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior, SamplerConfig
-from ebm_prior.ranks import Ranks, is_main
+from ebm_prior.ranks import Ranks
 from ebm_prior.sampling import seeded_batches
 from ebm_prior.tables import Table
 
@@ -228,8 +228,10 @@ def _features(
     cache: FeatureCache | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features of both priors' samples, batch by batch, from the cache where they are there."""
+    ranks = Ranks(prior.backbone.device)
     missing = [seeds for seeds in batches if cache is None or not cache.has(seeds)]
-    if (found := len(batches) - len(missing)) and is_main():
+    missing = ranks.agree(missing)
+    if (found := len(batches) - len(missing)) and ranks.is_main:
         tqdm.write(f"{found} of {len(batches)} batches were finished before", file=sys.stderr)
     # Only the last batch of all may be smaller, so the missing ones keep their boundaries.
     sampled = seeded_batches(
@@ -238,7 +240,7 @@ def _features(
         config,
         batch_size=len(batches[0]),
         temperature=temperature,
-        ranks=Ranks(prior.backbone.device),
+        ranks=ranks,
     )
     wanted = set(missing)
     for seeds in batches:

@@ -22,7 +22,7 @@ from ebm_prior.interrupt import Interrupted
 from ebm_prior.metrics import FeatureNetwork
 from ebm_prior.metrics.frechet import compact
 from ebm_prior.prior import EnergyPrior, SamplerConfig
-from ebm_prior.ranks import is_main
+from ebm_prior.ranks import Ranks
 
 __all__ = ["FeatureCache"]
 
@@ -57,14 +57,18 @@ class FeatureCache:
             torch.__version__, prior.precision,
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-        self.folder = Path(root) / f"evaluate-{key}"
-        self.writable = is_main()
+        self.ranks = Ranks(backbone.device)
+        # the main process's: the name of the device is another in each
+        self.folder = Path(root) / f"evaluate-{self.ranks.agree(key)}"
+        self.writable = self.ranks.is_main
 
     def __enter__(self) -> FeatureCache:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if not is_main():
+        if kind is None:
+            self.ranks.wait()  # all have read what they want
+        if not self.ranks.is_main:
             return
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)

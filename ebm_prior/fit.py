@@ -228,7 +228,6 @@ def fit(
         )
     if len(images) < 10:
         raise EbmPriorError(f"{len(images)} images are too few to fit on; give at least 10")
-    prior.precision = config.precision
     ranks = Ranks(prior.backbone.device)
     if config.batch_size % ranks.size:
         raise EbmPriorError(
@@ -240,8 +239,13 @@ def fit(
     if not resume:
         run.start(fitting.describe("running"))
     ranks.wait()
-    with CtrlC() as ctrl_c:
-        return fitting.run_all(images, ctrl_c, resume)
+    before = prior.precision
+    prior.precision = config.precision
+    try:
+        with CtrlC() as ctrl_c:
+            return fitting.run_all(images, ctrl_c, resume)
+    finally:
+        prior.precision = before
 
 
 class _Fit:
@@ -273,6 +277,7 @@ class _Fit:
         self.last_good = self.capture()
         if resume and (state := self.run.load_state()) is not None:
             self.reopen(*state)
+        self.ranks.wait()  # all have read it
         self.run.rewind_log(self.total)
 
         def stop_if_asked() -> None:

@@ -93,8 +93,8 @@ def redraw(
     prior.backbone.check_latents(eps, "eps")
     config = config or prior.sampler
 
-    def whole(part: Sequence[Tensor]) -> Latents:
-        merged = list(eps)
+    def whole(part: Sequence[Tensor], *held: Tensor) -> Latents:
+        merged = list(held)
         for i, tensor in zip(free, part, strict=True):
             merged[i] = tensor
         return tuple(merged)
@@ -102,8 +102,8 @@ def redraw(
     noise = prior.noise(len(eps[0]), generator)
     start = tuple(noise[i] for i in free)
     # where the norm counts, the held groups' is in it too: a constant, without a gradient
-    end = prior.run_chain(start, config, temperature, generator, callback, complete=whole)
-    return Redrawn(whole(start), whole(end))
+    end = prior.run_chain(start, config, temperature, generator, callback, whole, eps)
+    return Redrawn(whole(start, *eps), whole(end, *eps))
 
 
 @torch.no_grad()

@@ -154,9 +154,15 @@ class HeadsSource:
         path, converted = self.folder / BACKBONE, stored.get("converted")
         if converted is not None and path.is_file():
             if path.stat().st_size != converted["size"] or sha256_of(path) != converted["sha256"]:
+                training = self.config.get("training", {})
+                cut_off = "train" in training and training.get("status") != "finished"
                 raise EbmPriorError(
-                    f"{path} is not the backbone that its {CONFIG} names; give the checkpoint "
-                    "with --ckpt"
+                    f"{path} is not the backbone that its {CONFIG} names; "
+                    + (
+                        _go_on(training, self.folder)
+                        if cut_off
+                        else "give the checkpoint with --ckpt"
+                    )
                 )
             return path
         if not stored.get("checkpoint"):
@@ -268,11 +274,12 @@ def open_source(source: str | Path, **hub_options: Any) -> HeadsSource:
             raise EbmPriorError(f"{folder} holds no {CONFIG}; it is not a folder of heads")
         config = read_config(folder)
         if not (folder / WEIGHTS).is_file():
-            started = isinstance(config.get("training"), dict) and "status" in config["training"]
+            training = config.get("training")
+            started = isinstance(training, dict) and "status" in training
             raise EbmPriorError(
                 f"{folder} holds no {WEIGHTS}"
                 + (
-                    f" yet; continue its fit with: ebm-prior fit --resume {folder}"
+                    f" yet; {_go_on(training, folder)}"
                     if started
                     else "; it is not a folder of heads"
                 )
@@ -293,6 +300,13 @@ def open_source(source: str | Path, **hub_options: Any) -> HeadsSource:
             )
         hub_options["revision"] = revision
     return _HubSource(repo_id, **hub_options)
+
+
+def _go_on(training: dict, folder: Path) -> str:
+    """How to continue the run in this folder."""
+    if "train" in training:
+        return f"continue it with the same ebm-prior train ... and --resume --out {folder}"
+    return f"continue its fit with: ebm-prior fit --resume {folder}"
 
 
 def pull(

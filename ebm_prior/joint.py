@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ebm_prior.backbone import Latents
 from ebm_prior.langevin import Generators, langevin
+from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.prior import EnergyPrior, frozen
 
 __all__ = ["JointTerms", "joint_loss", "posterior_chains", "posterior_log_density"]
@@ -60,6 +61,7 @@ def joint_loss(
     z_pos: Sequence[Tensor],
     z_neg: Sequence[Tensor] | None,
     log_q: Tensor | None = None,
+    log_p: Tensor | None = None,
 ) -> JointTerms:
     """The loss of the module, whose gradient is Eq. 9-11 or Eq. 16-19.
 
@@ -72,10 +74,13 @@ def joint_loss(
         z_neg: Detached samples of the tilted prior, any number of them; None for the Gaussian
             prior, E = 0, whose negative mean has gradient zero and is left out.
         log_q: log q(z_pos|x) of the variational method, (B, L), nats.
+        log_p: log p(z_pos), (B, L), nats, where it is already known.
     """
     backbone = prior.backbone
     log_px = backbone.decode(z_pos).log_prob(x)
-    loss = -(log_px + backbone.log_prior(z_pos).sum(1)).mean()
+    if log_p is None:
+        log_p = backbone.log_prior(z_pos)
+    loss = -(log_px + log_p.sum(1)).mean()
     if log_q is not None:
         loss = loss + log_q.sum(1).mean()
     if z_neg is None:
@@ -123,7 +128,7 @@ def posterior_chains(
     start = prior.noise(len(x), generator)
     with frozen(prior):  # a chain needs the gradient of eps alone
         return langevin(
-            lambda eps: posterior_log_density(prior, x, eps),
+            MicroBatched(lambda eps, x: posterior_log_density(prior, x, eps), prior, [x]),
             start,
             steps=steps,
             step_size=step_size,

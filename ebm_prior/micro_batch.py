@@ -7,7 +7,7 @@ operations that compute differently for other batch sizes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -32,18 +32,26 @@ class MicroBatched:
     Where memory runs out, that number halves, for good, and the chain goes on.
 
     Args:
-        function: Maps latents of batch B to (B,), nats.
+        function: Maps latents of batch B, and the tensors of `fixed`, to (B,), nats.
         owner: Holds `micro_batch`.
+        fixed: What else it reads that has a row per sample, (B, *) each: a part of the batch
+            gets the same rows of them.
     """
 
-    def __init__(self, function: Callable[[Latents], Tensor], owner: HasMicroBatch) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        owner: HasMicroBatch,
+        fixed: Sequence[Tensor] = (),
+    ) -> None:
         if owner.micro_batch is not None and owner.micro_batch < 1:
             raise EbmPriorError(f"micro_batch must be at least 1 or None, got {owner.micro_batch}")
-        self.function, self.owner = function, owner
+        self.function, self.owner, self.fixed = function, owner, tuple(fixed)
+        self.rows = slice(None)
 
     def __call__(self, eps: Latents) -> Tensor:
         """The function itself."""
-        return self.function(eps)
+        return self.function(eps, *(tensor[self.rows] for tensor in self.fixed))
 
     def in_parts(
         self, evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], flat: Tensor
@@ -55,7 +63,8 @@ class MicroBatched:
         """
         parts, done = [], 0
         while done < len(flat) or not parts:
-            part = flat[done : done + (self.owner.micro_batch or len(flat))]
+            self.rows = slice(done, done + (self.owner.micro_batch or len(flat)))
+            part = flat[self.rows]
             try:
                 parts.append(evaluate(part))
                 done += len(part)
@@ -74,6 +83,7 @@ class MicroBatched:
                 f"{self.owner.micro_batch}, with the same result",
                 file=sys.stderr,
             )
+        self.rows = slice(None)
         if len(parts) == 1:
             return parts[0]
         values, grads = zip(*parts, strict=True)

@@ -230,7 +230,8 @@ class EnergyPrior(nn.Module):
         temperature: float = 1.0,
         generator: Generators = None,
         callback: Callable[[StepInfo], None] | None = None,
-        complete: Callable[[Latents], Latents] = tuple,
+        complete: Callable[..., Latents] = tuple,
+        held: Sequence[Tensor] = (),
     ) -> Latents:
         """Chains of the tilted prior from any start.
 
@@ -240,7 +241,9 @@ class EnergyPrior(nn.Module):
             temperature: Multiplies every prior sigma.
             generator: One generator, or one per sample.
             callback: Called with a `StepInfo` after every step.
-            complete: Makes the noise of all groups of a chain's state, where only some move.
+            complete: Makes the noise of all groups of a chain's state and of the same samples'
+                `held`, where only some groups move.
+            held: One tensor each, (B, *).
 
         Returns:
             The chains' last states, shaped as `eps`.
@@ -249,7 +252,7 @@ class EnergyPrior(nn.Module):
         density = getattr(self, transition.density)
         with frozen(self.heads):
             return transition.chain(
-                MicroBatched(lambda e: density(complete(e), temperature), self),
+                MicroBatched(lambda e, *h: density(complete(e, *h), temperature), self, held),
                 eps,
                 steps=config.steps,
                 step_size=config.step_size,

@@ -22,7 +22,13 @@ __all__ = ["Ranks", "Share", "is_main"]
 
 def is_main() -> bool:
     """Whether this is the process that writes and speaks; true where it is the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _place()[0] == 0
+
+
+def _place() -> tuple[int, int]:
+    """Which process this is, from 0, of how many; a rank without a size is somebody else's."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
 
 
 class Share:
@@ -63,8 +69,7 @@ class Ranks:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.size = _place()
         self.device = device
         if self.size > 1:
             from accelerate import PartialState
@@ -134,8 +139,10 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:  # of torch.distributed: there is no narrower class
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             line = str(error).strip().splitlines()[0]
             raise EbmPriorError(
                 f"process {self.rank} cannot reach the others, one of which may have stopped "
-                f"({line}); see its own error, then start all again with --resume"
+                f"({line}); see its own error, then start all again, a fit with --resume"
             ) from error

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit
+from ebm_prior.hierarchy import redraw
+from ebm_prior.joint import posterior_chains
 from ebm_prior.langevin import flatten
 from ebm_prior.partition import log_partition
 from ebm_prior.transitions import TRANSITIONS
@@ -103,3 +105,27 @@ def test_so_does_the_estimate_of_the_partition_function(toy, monkeypatch):
     want = log_partition(prior, **settings).log_z
     limit_memory(monkeypatch, 4)
     assert log_partition(prior, **settings).log_z == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.parametrize("transition", ["langevin", "pcnl"])
+def test_held_groups_are_cut_with_their_samples(toy, transition):
+    prior = EnergyPrior.for_backbone(toy, "both", nef=4, ndf=8)
+    eps = prior.noise(10, torch.Generator().manual_seed(1))
+    config = SamplerConfig(transition, 3, 0.2)
+    ends = []
+    for prior.micro_batch in (None, 4):
+        generator = torch.Generator().manual_seed(2)
+        ends.append(redraw(prior, eps, [toy.groups[0].name], config, generator=generator).end)
+    for whole, parts in zip(*ends, strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+def test_so_are_the_images_of_posterior_chains(toy):
+    prior = EnergyPrior.for_backbone(toy, "factorized", nef=4, ndf=8)
+    x = torch.rand(7, *toy.image_shape, dtype=toy.dtype)
+    ends = []
+    for prior.micro_batch in (None, 3):
+        generator = torch.Generator().manual_seed(2)
+        ends.append(posterior_chains(prior, x, steps=3, step_size=0.01, generator=generator))
+    for whole, parts in zip(*ends, strict=True):
+        torch.testing.assert_close(whole, parts)

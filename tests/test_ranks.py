@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ebm_prior.cli import main
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.feature_cache import FeatureCache
 from ebm_prior.fit import FitConfig, _Fit, fit
 from ebm_prior.langevin import rand, randn
 from ebm_prior.prior import EnergyPrior, SamplerConfig
@@ -20,6 +21,9 @@ FIT = "fit --backbone toy --ckpt toy.json --data x.npz --heads both --nef 8 --nd
 FIT += " --objective nce+mle --nce-iterations 60 --mle-iterations 12 --batch-size 16 --reuse 3"
 FIT += " --save-every 5 --log-every 5 --sample-steps 4 --out"
 SAMPLE = "sample --ckpt toy.json --seeds 5-68 --batch-size 13 --step-size 0.2 --heads"
+EVALUATE = (
+    "evaluate --ckpt toy.json --data x.npz -n 40 --batch-size 9 --step-size 0.2 --json --heads"
+)
 WORKER = """
 import json, os, sys
 from ebm_prior.cli import main
@@ -75,8 +79,8 @@ def weights(run):
 def world(tmp_path_factory):
     """Images that the toy's prior does not fit, and heads fitted by a single process."""
     root = tmp_path_factory.mktemp("ranks")
-    (root / "toy.json").write_text(json.dumps({"top": 2, "bottom": 3, "size": 4}))
-    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    (root / "toy.json").write_text(json.dumps({"top": 2, "bottom": 3, "size": 8}))
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.savez(root / "x.npz", x_train=images, x_test=images)
     before = os.getcwd()
     os.chdir(root)
@@ -95,15 +99,34 @@ def test_two_processes_do_what_one_does(world, monkeypatch, capsys):
             raise KeyboardInterrupt  # as abrupt as a kill: nothing is saved
         return update(self, *args)
 
+    save, saved = FeatureCache.save, []
+
+    def stopping(self, seeds, *features):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(seeds)
+        save(self, seeds, *features)
+
     with monkeypatch.context() as patch:
         patch.setattr(_Fit, "update", dying)
-        with pytest.raises(SystemExit):
-            main(f"{FIT} parts".split())
+        patch.setattr(FeatureCache, "save", stopping)
+        for line in (f"{FIT} parts", f"{EVALUATE} one"):
+            with pytest.raises(SystemExit):
+                main(line.split())
+    assert list((world / "one").glob("state/evaluate-*/*"))
+    capsys.readouterr()
     ends = together(
-        world, f"{FIT} two", "fit --resume parts", f"{SAMPLE} one --out two.npz", "info toy.json"
+        world,
+        f"{FIT} two",
+        "fit --resume parts",
+        f"{SAMPLE} one --out two.npz",
+        f"{EVALUATE} one",
+        "info toy.json",
     )
     assert [code for code, *_ in ends] == [0, 0], ends
-    assert "images -> two.npz" in ends[0][1] and ends[1][1:] == ("", "")  # only one speaks
+    assert ends[1][1:] == ("", "")  # only one speaks
+    assert "2 of 5 batches were finished before" in ends[0][2]
+    said = next(line for line in ends[0][1].splitlines() if line.startswith("{"))
 
     expected = weights(world / "one")
     assert (expected - weights(world / "two")).abs().max() < 1e-5 * expected.abs().max()
@@ -112,6 +135,11 @@ def test_two_processes_do_what_one_does(world, monkeypatch, capsys):
         lines = (world / run / "log.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in lines]
         assert [x["iteration"] for x in lines if "loss" in x] == list(range(5, 73, 5))
+    assert not (world / "one" / "state").exists()
+    alone(f"{EVALUATE} one")
+    one, two = (json.loads(text.splitlines()[-1]) for text in (capsys.readouterr().out, said))
+    for name in ("gaussian", "energy", "reconstruction"):
+        assert one[name]["frechet"] == pytest.approx(two[name]["frechet"], rel=1e-5)
     alone(f"{SAMPLE} one --out one.npz")
     one, two = (np.load(world / f"{name}.npz")["images"] for name in ("one", "two"))
     assert one.shape[0] == 64 and np.array_equal(one, two)

@@ -189,9 +189,9 @@ class _Joint(Loop):
         generator = self.generator()
         x = self.batch(generator)
         norms: dict[str, float] = {}
-        z_pos, log_q = self.positives(x, generator, norms)
+        z_pos, log_q, log_p = self.positives(x, generator, norms)
         z_neg = self.negatives(len(x), generator, norms) if self.tilted else None
-        terms = self.terms(x, z_pos, z_neg, log_q)
+        terms = self.terms(x, z_pos, z_neg, log_q, log_p)
         if trouble := self.trouble(terms, norms):
             return self.roll_back(trouble)
         self.optimizer.zero_grad(set_to_none=True)
@@ -223,11 +223,11 @@ class _Joint(Loop):
 
     def positives(
         self, x: Tensor, generator: torch.Generator, norms: dict[str, float]
-    ) -> tuple[Latents, Tensor | None]:
-        """Samples of q(z|x) with their gradient and log q; or detached chains of p(z|x)."""
+    ) -> tuple[Latents, Tensor | None, Tensor | None]:
+        """Samples of q(z|x) with gradient, log q and log p; or detached chains of p(z|x)."""
         if self.config.method == "variational":
             post = self.model.posterior(x, noise=self.prior.noise(len(x), generator))
-            return post.z, post.log_q
+            return post
         eps = posterior_chains(
             self.prior,
             x,
@@ -237,7 +237,7 @@ class _Joint(Loop):
         )
         norms["posterior chains"] = _norm(eps)
         with torch.no_grad():
-            return self.model.transform(eps), None
+            return self.model.transform(eps), None, None
 
     def negatives(self, n: int, generator: torch.Generator, norms: dict[str, float]) -> Latents:
         """Detached chains of the tilted prior."""
@@ -249,10 +249,11 @@ class _Joint(Loop):
             return self.model.transform(eps)
 
     def terms(
-        self, x: Tensor, z_pos: Latents, z_neg: Latents | None, log_q: Tensor | None
-    ) -> JointTerms:
+        self, x: Tensor, z_pos: Latents, z_neg: Latents | None, log_q: Tensor | None,
+        log_p: Tensor | None = None,
+    ) -> JointTerms:  # fmt: skip
         """The joint loss; with `mle` also minus log q of the chains, for q's weights alone."""
-        terms = joint_loss(self.prior, x, z_pos, z_neg, log_q)
+        terms = joint_loss(self.prior, x, z_pos, z_neg, log_q, log_p)
         if log_q is None:
             wake = -self.model.log_posterior(x, z_pos).sum(1).mean()
             terms = terms._replace(loss=terms.loss + wake)

@@ -130,7 +130,11 @@ def evaluate(
     ebm-prior evaluate --heads runs/mine --reference cifar10.npz
     ebm-prior evaluate images samples.zip --reference cifar10.npz
     """
+    from ebm_prior.ranks import is_main
+
     if ctx.invoked_subcommand is not None:
+        if not is_main():
+            ctx.exit()
         given = [
             parameter.opts[0]
             for parameter in ctx.command.params
@@ -144,7 +148,6 @@ def evaluate(
     from ebm_prior.evaluate import evaluate as measure
     from ebm_prior.feature_cache import FeatureCache
     from ebm_prior.metrics import FeatureStatistics
-    from ebm_prior.ranks import is_main
 
     heads.check_record(record)
     prior, folder, config = heads.open()

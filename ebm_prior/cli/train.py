@@ -71,8 +71,8 @@ def train(
     ebm-prior train --data mnist:0,1 --preset figure2
     ebm-prior train --data cifar10 --set latents=[100] --set ngf=128   # single-layer EBM
 
-    Without a pretrained backbone: Sec. 3.2 and 3.3 of the paper, with Table 12's networks. The
-    run folder holds the generator and its heads, for every other verb.
+    Without a pretrained backbone: Sec. 3.2 and 3.3 of the paper, with the generator and
+    inference network of Table 12. The run folder holds them and the heads, for every other verb.
     """
     from ebm_prior.cli.fit import absolute
     from ebm_prior.data import load_images
