@@ -170,7 +170,7 @@ def check_device(device: str | torch.device) -> torch.device:
     if not known:
         raise EbmPriorError(f"unknown device {str(device)!r}; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
-        if device.index is None and "LOCAL_RANK" in os.environ:  # one process a GPU
+        if device.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one GPU each
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         count = torch.cuda.device_count()
         if count == 0:

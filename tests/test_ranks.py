@@ -15,7 +15,7 @@ from ebm_prior.feature_cache import FeatureCache
 from ebm_prior.fit import FitConfig, _Fit, fit
 from ebm_prior.langevin import rand, randn
 from ebm_prior.prior import EnergyPrior, SamplerConfig
-from ebm_prior.ranks import Ranks, Share
+from ebm_prior.ranks import Ranks, Share, is_main
 
 FIT = "fit --backbone toy --ckpt toy.json --data x.npz --heads both --nef 8 --ndf 16 --draws 3"
 FIT += " --objective nce+mle --nce-iterations 60 --mle-iterations 12 --batch-size 16 --reuse 3"
@@ -178,3 +178,11 @@ def test_batches_that_cannot_be_shared_are_refused(toy, tmp_path, monkeypatch):
     with pytest.raises(EbmPriorError, match="batch of 128 cannot be shared by 3 processes"):
         fit(prior, images, FitConfig(), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_without_a_size_is_left_by_somebody_else(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert is_main() and Ranks(torch.device("cpu")).is_main
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_main()

@@ -26,6 +26,7 @@ from backbones.generator.network import (
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Posterior
 from ebm_prior.convert import encode
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.langevin import randn
 from ebm_prior.likelihoods import GaussianLikelihood
 from ebm_prior.safe_load import load_torch_file, mentions, plain_state
 
@@ -127,13 +128,8 @@ class Generator(Backbone):
         """
         self.check_images(x)
         if noise is None:
-            device = x.device if generator is None else generator.device
-            noise = [
-                torch.randn(
-                    (len(x), *g.shape), generator=generator, device=device, dtype=self.dtype
-                ).to(self.device)
-                for g in self.groups
-            ]
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            noise = [randn(like.new_empty(len(x), *g.shape), generator) for g in self.groups]
         self.check_latents(noise, "noise")
         z, log_q = [*noise], [*noise]
         for i in reversed(range(len(z))):
