@@ -23,6 +23,7 @@ from ebm_prior.metrics import FeatureNetwork
 from ebm_prior.metrics.frechet import compact
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.ranks import Ranks
+from ebm_prior.safe_load import sha256_of_weights
 
 __all__ = ["FeatureCache"]
 
@@ -52,7 +53,7 @@ class FeatureCache:
     ) -> None:
         backbone = prior.backbone
         what = [
-            _sha256(prior), backbone.name, backbone.sha256, asdict(config), temperature,
+            sha256_of_weights(prior), backbone.name, backbone.sha256, asdict(config), temperature,
             network.name, str(network.device), str(backbone.device), __version__,
             torch.__version__, prior.precision,
         ]  # fmt: skip
@@ -109,13 +110,3 @@ class FeatureCache:
         except CannotWriteError as error:
             self.writable = False
             warnings.warn(f"an interruption will lose all samples: {error}", stacklevel=2)
-
-
-def _sha256(module: torch.nn.Module) -> str:
-    """Hash of every parameter and buffer, also of those that no checkpoint holds."""
-    digest = hashlib.sha256()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.images import grid, save_png
 from ebm_prior.interrupt import CtrlC, Interrupted
-from ebm_prior.langevin import ChainState, flatten, pcnl_step, start_chain
+from ebm_prior.langevin import ChainState, flatten, keyed_generator, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.precision import PRECISIONS
+from ebm_prior.prefetch import Prefetch
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.ranks import Ranks, Share
 from ebm_prior.run import CACHE, Onlooker, RunFolder, environment
@@ -81,7 +83,8 @@ class FitConfig:
         energy_limit: Largest |mean energy gap| of one head, nats, before it counts as
             diverged.
         rollbacks: Rollbacks permitted before giving up.
-        cache_gb: Largest posterior cache on disk, GiB; larger sets are encoded per batch.
+        cache_gb: Largest posterior cache on disk, GiB; larger sets are encoded batch by batch,
+            the next one while this one's chains run.
         save_every: Iterations between saves.
         log_every: Iterations between log lines.
         sample_every: Iterations between sample grids; 0 for none.
@@ -358,7 +361,8 @@ class _Fit:
         length = getattr(self.config, f"{name}_iterations")
         iterate = self.nce_iteration if name == "nce" else self.mle_iteration
         began = time.monotonic()
-        with tqdm(total=length, desc=name, initial=self.iteration, disable=None) as bar:
+        bar = tqdm(total=length, desc=name, initial=self.iteration, disable=None)
+        with bar, self.prefetch(length) as self.prefetched:
             while self.iteration < length and not self.out_of_patience(name):
                 self.set_lr(name, length)
                 step = iterate()
@@ -404,8 +408,25 @@ class _Fit:
 
     def positives(self) -> Latents:
         """Head inputs of this process's rows of a random batch of posterior samples."""
-        pick = torch.randint(len(self.train), (self.config.batch_size,), generator=self.generator)
-        return self.source(self.train[self.ranks.rows(pick)], self.own_rows)
+        if self.prefetched is None:
+            return self.random_batch(self.generator)
+        return self.prefetched(self.iteration)
+
+    def random_batch(self, generator: torch.Generator) -> Latents:
+        """`positives`, picked and drawn by this generator, the same in every process."""
+        pick = torch.randint(len(self.train), (self.config.batch_size,), generator=generator)
+        return self.source(self.train[self.ranks.rows(pick)], self.ranks.share(generator))
+
+    def prefetch(self, length: int) -> Prefetch | nullcontext:
+        """Where batches are encoded, the next one meanwhile: functions of the iteration alone."""
+        if not isinstance(self.source, PosteriorStream):
+            return nullcontext()
+        key = self.config.seed, self.phase
+        return Prefetch(
+            lambda iteration: self.random_batch(keyed_generator(*key, iteration)),
+            length,
+            self.prior.backbone.device,
+        )
 
     @torch.no_grad()
     def gaussian_inputs(self, n: int, generator: torch.Generator | Share) -> Latents:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +23,20 @@ from ebm_prior.files import write_json
 from ebm_prior.langevin import Generators, rand
 from ebm_prior.prior import EnergyPrior
 from ebm_prior.ranks import Ranks
+from ebm_prior.safe_load import sha256_of_weights
 
 __all__ = ["PosteriorCache", "PosteriorStream", "posterior_source"]
 
 ENCODE_BATCH = 100
+HASH_BATCH = 1024  # images
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # some file systems, some libcs
+OTHERS = {
+    "backbone": "another backbone",
+    "images": "another data set",
+    "inputs": "other head inputs",
+    "draws": "another number of draws",
+    "seed": "another seed",
+}
 
 
 class PosteriorStream:
@@ -77,10 +92,13 @@ class PosteriorCache:
 
     Args:
         stream: Where the rows come from.
-        path: Array file; a `.json` beside it says how far it is filled.
+        path: Array file; a `.json` beside it says what it was made of and how far it is filled.
         seed: Seed of the draws.
         on_chunk: Called after every chunk; may raise to stop.
         ranks: Processes that share the chunks; the folder must be one that all reach.
+
+    Raises:
+        EbmPriorError: If the file holds samples of something else, or the disk is full.
     """
 
     def __init__(
@@ -91,43 +109,23 @@ class PosteriorCache:
         on_chunk: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.prior = stream.prior
+        self.prior, self.path = stream.prior, path
+        self.progress = path.with_suffix(".json")
         ranks = ranks or Ranks(self.prior.backbone.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
         shape = (len(stream), row_size(self.prior))
-        progress_path = path.with_suffix(".json")
-        done = 0
-        if path.exists() and progress_path.exists():
-            progress = json.loads(progress_path.read_text())
-            if progress["shape"] == list(shape) and progress["seed"] == seed:
-                done = progress["done"]
+        size = math.prod(shape) * 4
+        made_of = _made_of(stream, seed)
+        done = self._done(made_of, size, ranks.is_main)
         ranks.wait()  # all have seen what there is
-        if not done and ranks.is_main:
-            _reserve(path, shape)
-        ranks.wait()
-        self.rows = np.memmap(path, np.float32, "r+", shape=shape)
-        chunks = range(done, len(stream), ENCODE_BATCH)
-        if chunks:
-            size = self.rows.nbytes / 2**20
-            bar = tqdm(
-                chunks, f"encoding {len(stream.images)} images ({size:.0f} MiB)", disable=None
-            )
-            for number, start in enumerate(bar):
-                end = min(start + ENCODE_BATCH, len(stream))
-                if number % ranks.size == ranks.rank:
-                    index = torch.arange(start, end)
-                    generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % 2**63)
-                    inputs = stream(index, generator)
-                    flat = torch.cat([t.flatten(1) for t in inputs], 1)
-                    self.rows[start:end] = flat.float().cpu().numpy()
-                if start // ENCODE_BATCH % 20 == 19 or start == chunks[-1]:
-                    if ranks.size > 1:
-                        self.rows.flush()  # for processes that read it over a network
-                        ranks.wait()
-                    if ranks.is_main:
-                        done = {"shape": shape, "seed": seed, "done": end}
-                        write_json(progress_path, done)
-                on_chunk()
+        if done < len(stream):
+            if ranks.is_main:
+                self._announce(stream, size, done / len(stream))
+                if not done:  # first: it must never speak of another array
+                    self.progress.unlink(missing_ok=True)
+                _reserve(path, size, keep=done > 0)
+            ranks.wait()
+            self._encode(stream, made_of, done, on_chunk, ranks)
+        self.rows = np.memmap(path, np.float32, "r", shape=shape)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,6 +135,91 @@ class PosteriorCache:
         backbone = self.prior.backbone
         flat = torch.from_numpy(self.rows[index.numpy()]).to(backbone.device, backbone.dtype)
         return split_inputs(flat, self.prior)
+
+    def _done(self, made_of: dict, size: int, speaks: bool) -> int:
+        """Rows that are on disk already; an error if they were made of something else."""
+        if not (self.path.exists() and self.progress.exists()):
+            return 0
+        progress = json.loads(self.progress.read_text())
+        if "made_of" not in progress:
+            if speaks:
+                tqdm.write(
+                    f"{self.path}: an earlier version did not record what these posterior samples "
+                    "were made of; they are drawn again",
+                    file=sys.stderr,
+                )
+            return 0
+        others = [
+            other for key, other in OTHERS.items() if progress["made_of"].get(key) != made_of[key]
+        ]
+        if others:
+            raise EbmPriorError(
+                f"{self.path} holds posterior samples of {' and '.join(others)}; go on with what "
+                "they were made of, or delete this file to draw them anew"
+            )
+        # a shorter file has lost what it held
+        return progress["done"] if self.path.stat().st_size == size else 0
+
+    def _announce(self, stream: PosteriorStream, size: int, share: float) -> None:
+        times = f", {stream.draws} times each" if stream.draws > 1 else ""
+        tqdm.write(
+            f"encoding {len(stream.images)} images{times}: {_amount(size)} of posterior samples "
+            f"at {self.path}" + (f", {share:.0%} of them done" if share else ""),
+            file=sys.stderr,
+        )
+
+    def _encode(
+        self,
+        stream: PosteriorStream,
+        made_of: dict,
+        done: int,
+        on_chunk: Callable[[], None],
+        ranks: Ranks,
+    ) -> None:
+        """Write rows from `done` on, and now and then how far that is."""
+        row, seed = 4 * row_size(self.prior), made_of["seed"]
+        chunks = range(done, len(stream), ENCODE_BATCH)
+        # A full disk is an error of `write`; of a store to a mapped file it would be a SIGBUS.
+        with self.path.open("r+b", buffering=0) as file:
+            for number, start in enumerate(tqdm(chunks, "encoding", disable=None)):
+                end = min(start + ENCODE_BATCH, len(stream))
+                if number % ranks.size == ranks.rank:
+                    index = torch.arange(start, end)
+                    generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % 2**63)
+                    inputs = stream(index, generator)
+                    flat = torch.cat([t.flatten(1) for t in inputs], 1)
+                    _write(file, start * row, flat.float().cpu().numpy())
+                if start // ENCODE_BATCH % 20 == 19 or start == chunks[-1]:
+                    _write(file)  # before anything says so
+                    ranks.wait()
+                    if ranks.is_main:
+                        write_json(self.progress, {"made_of": made_of, "done": end})
+                on_chunk()
+
+
+def _made_of(stream: PosteriorStream, seed: int) -> dict:
+    """All that posterior samples depend on, as plain values."""
+    prior = stream.prior
+    backbone = prior.backbone
+    return {
+        # one that was not loaded from a file is known by its weights
+        "backbone": backbone.sha256 or sha256_of_weights(backbone),
+        "images": _sha256_of_images(stream.images),
+        "inputs": {
+            name: list(head.shape)
+            for name, head in zip(prior.head_names, prior.heads, strict=True)
+        },
+        "draws": stream.draws,
+        "seed": seed,
+    }
+
+
+def _sha256_of_images(images: Tensor) -> str:
+    """Hash of uint8 images (N, C, H, W), which may be mapped from a file larger than memory."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    for part in images.split(HASH_BATCH):
+        digest.update(part.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def split_inputs(flat: Tensor, prior: EnergyPrior) -> Latents:
@@ -151,22 +234,52 @@ def row_size(prior: EnergyPrior) -> int:
     return sum(math.prod(head.shape) for head in prior.heads)
 
 
-def _reserve(path: Path, shape: tuple[int, int]) -> None:
-    """Create the array file with its blocks allocated, so that a full disk shows now."""
-    import os
+def _amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"
 
-    size = shape[0] * shape[1] * 4
+
+def _reserve(path: Path, size: int, keep: bool) -> None:
+    """Allocate all blocks of the array file, so that a full disk shows now.
+
+    Args:
+        path: File to create, or to complete: a copy may lack the blocks not yet written.
+        size: Bytes.
+        keep: Whether it holds rows already.
+    """
     try:
-        with path.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if keep else "wb") as file:
+            file.truncate(size)
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    if error.errno not in CANNOT_RESERVE:
+                        raise
     except OSError as error:
-        path.unlink(missing_ok=True)
+        if not keep:
+            path.unlink(missing_ok=True)
         raise EbmPriorError(
-            f"cannot reserve {size / 2**20:.0f} MiB for posterior samples at {path} "
+            f"cannot reserve {_amount(size)} for posterior samples at {path} "
             f"({error.strerror}); free some space or lower --cache-gb"
+        ) from error
+
+
+def _write(file: FileIO, offset: int = 0, rows: np.ndarray | None = None) -> None:
+    """Write rows (B, D) at a byte; without any, see all that was written onto the disk."""
+    try:
+        if rows is None:
+            os.fsync(file.fileno())
+        else:
+            file.seek(offset)
+            left = memoryview(rows).cast("B")
+            while left:  # a disk about to be full takes a part first
+                left = left[file.write(left) :]
+    except OSError as error:
+        raise EbmPriorError(
+            f"cannot write posterior samples to {file.name} ({error.strerror}); "
+            "free some space and go on with --resume"
         ) from error
 
 

@@ -26,7 +26,7 @@ FORMAT_KEY = "ebm_prior_checkpoint"  # of the metadata of a checkpoint in safete
 
 __all__ = [
     "Named", "load_pickle_file", "load_torch_file", "mentions", "plain_state", "printable",
-    "sha256_of", "sha256_of_files", "shown",
+    "sha256_of", "sha256_of_files", "sha256_of_weights", "shown",
 ]  # fmt: skip
 
 MAX_INDEX = 1 << 26  # bytes of a checkpoint's pickle; the largest seen has a few MB
@@ -415,3 +415,13 @@ def sha256_of_files(files: Mapping[str, Path]) -> str:
     """One SHA-256 of several files, in the order given: of their names and contents."""
     lines = (f"{name} {sha256_of(file)}\n" for name, file in files.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sha256_of_weights(module: torch.nn.Module) -> str:
+    """SHA-256 of every parameter and buffer, also of those that no checkpoint holds."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -370,6 +370,7 @@ def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
     import errno
 
     saves, real = [], RunFolder.save_state
+    images = mismatched_images(toy)
 
     def full(self, *args):
         saves.append(1)
@@ -381,13 +382,13 @@ def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(RunFolder, "save_state", full)
     with pytest.raises(EbmPriorError, match="disk full"):
-        fit(new_prior(toy), mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run")
+        fit(new_prior(toy), images, FitConfig(**QUICK), run_dir=tmp_path / "run")
     monkeypatch.undo()
     assert RunFolder(tmp_path / "run").load_state()[1]["total"] == 20
     EnergyPrior.from_pretrained(tmp_path / "run", backbone=toy)
     assert not list((tmp_path / "run").rglob("*tmp*"))
     prior = new_prior(toy)
-    fit(prior, mismatched_images(toy), FitConfig(**QUICK), run_dir=tmp_path / "run", resume=True)
+    fit(prior, images, FitConfig(**QUICK), run_dir=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
