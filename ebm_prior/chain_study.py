@@ -71,16 +71,16 @@ class ChainStudy:
         """Plain values for JSON, a few kilobytes; None where a number does not exist."""
         runs = []
         for run, frechet in zip(self.runs, self.frechet, strict=True):
-            found = run.mixing()
+            found, (cost, unit) = run.mixing(), run.cost
             runs.append(
                 {
                     "sampler": asdict(run.config),
                     "acceptance": run.acceptance,
                     "settled_after": run.settled,
                     "energy": run.energy_band(),
-                    "gradients_per_chain": run.gradients,
+                    f"{unit}_per_chain": cost,
                     "ess": {name: finite(m.ess) for name, m in found.items()},
-                    "ess_per_1000_gradients": {
+                    f"ess_per_1000_{unit}": {
                         name: finite(rate) for name, rate in ess_rates(run, found).items()
                     },
                     "rhat": {name: finite(m.rhat) for name, m in found.items()},
@@ -109,7 +109,7 @@ class ChainStudy:
             rows.append(
                 (
                     run.config.transition,
-                    f"{run.config.step_size:.3g}",
+                    f"{run.config.step_size:.3g}" if run.config.sized else "-",
                     f"{run.acceptance:.3f}",
                     f"{band['low']:.2f} .. {band['high']:.2f}",
                     f"{band['drift']:.2f}",
@@ -119,14 +119,22 @@ class ChainStudy:
                     f"{known(min, rates.values()):.2f}",
                 )
             )
+        note = (
+            "Mean energy: its range over the steps, nats; drift: its last quarter minus its "
+            "first, in standard deviations of E; R-hat: the largest of all summaries; ESS per "
+            "1000 gradients, slowest: the least of all summaries."
+        )
+        if any(run.cost[1] == "energies" for run in self.runs):
+            note += (
+                " sir: ESS per 1000 energies, which cost less than gradients; each chain is one "
+                "sample, the better the longer, and no two halves of it have to agree."
+            )
         transitions = Table(
             f"{n} chains of {first.config.steps} steps, judged after step {first.settled}",
             ("transition", "step size", "accepted", "mean energy", "drift", "R-hat", "ESS of E",
              "of |eps|^2", "slowest"),
             rows,
-            "Mean energy: its range over the steps, nats; drift: its last quarter minus its "
-            "first, in standard deviations of E; R-hat: the largest of all summaries; ESS per "
-            "1000 gradients, slowest: the least of all summaries.",
+            note,
         )  # fmt: skip
         if not first.images:
             return (transitions,)
@@ -164,8 +172,8 @@ class ChainStudy:
 
 
 def ess_rates(run: LongChains, found: dict[str, Mixing]) -> dict[str, float]:
-    """Effective samples per 1000 gradients of each summary."""
-    total = run.gradients * run.energy.shape[1]
+    """Effective samples of each summary per 1000 gradients, or energies (`LongChains.cost`)."""
+    total = run.cost[0] * run.energy.shape[1]
     return {name: 1000 * m.ess / total for name, m in found.items()}
 
 

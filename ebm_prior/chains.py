@@ -63,10 +63,10 @@ class LongChains:
         return float(self.accepted[self.settled :].mean())
 
     @property
-    def gradients(self) -> int:
-        """Gradients of one chain's energy, once settled."""
-        steps = self.config.steps - self.settled
-        return steps * TRANSITIONS[self.config.transition].gradients
+    def cost(self) -> tuple[int, str]:
+        """Gradients of one chain's energy, once settled, or energies where it takes none."""
+        steps, each = self.config.steps - self.settled, TRANSITIONS[self.config.transition]
+        return (steps * each.gradients, "gradients") if each.gradients else (steps, "energies")
 
     def energy_band(self) -> dict[str, float]:
         """Least and largest mean energy of the chains once settled, nats, and its drift.

@@ -82,11 +82,10 @@ class Evaluation:
 
     def terms(self) -> str:
         """What the numbers were measured on, for the line below the table."""
-        s, count = self.sampler, self.reference_images
+        count = self.reference_images
         return (
             f"{self.energy.n} samples against {'' if count is None else f'{count} '}held-out "
-            f"images; features: {self.energy.features}; "
-            f"{s.steps} {s.transition} steps of size {s.step_size:.3g}"
+            f"images; features: {self.energy.features}; {self.sampler}"
         )
 
 

@@ -102,9 +102,10 @@ def test_the_energy_band_is_that_of_the_settled_steps():
 def test_effective_samples_are_counted_per_gradient():
     """Independent draws: one per transition, so a fifth of one per gradient of hmc."""
     noise = np.random.default_rng(0).standard_normal((1001, 50))
-    for transition, cost in (("pcnl", 1), ("hmc", 5)):
+    for transition, cost, unit in (("pcnl", 1, "gradients"), ("hmc", 5, "gradients"),
+                                   ("sir", 1, "energies")):  # fmt: skip
         found = with_energy(noise, transition)
-        assert found.gradients == 900 * cost
+        assert found.cost == (900 * cost, unit)
         rates = ess_rates(found, found.mixing())
         assert rates["energy"] == pytest.approx(1000 / cost, rel=0.05)
 
@@ -282,6 +283,7 @@ def test_bad_input_gives_one_line(chains, args, code, message):
 def test_other_verbs_take_every_transition(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     for name in TRANSITIONS:
-        run("sample", "--heads", "heads", "--ckpt", "toy.json", "--transition", name,
-            "--step-size", 0.1, "--steps", 3, "-n", 2, "--out", tmp_path / name)  # fmt: skip
+        size = [] if name == "sir" else ["--step-size", 0.1]  # it has none
+        run("sample", "--heads", "heads", "--ckpt", "toy.json", "--transition", name, *size,
+            "--steps", 3, "-n", 2, "--out", tmp_path / name)  # fmt: skip
         assert len(list((tmp_path / name).iterdir())) == 2
