@@ -230,8 +230,9 @@ def evaluate(
         batch_size: Chains run together; changes results by rounding only.
         cache: Where features of finished batches are kept, and found after an interruption:
             the result is then the same as without one.
-        baselines: Also measure a Gaussian fitted to posterior draws, of as many training images
-            as there are samples, and importance resampling: with the same seeds.
+        baselines: Also measure a Gaussian fitted to posterior draws of training images (10 000,
+            whatever `n`, as few would make it a weak one), and importance resampling: with the
+            same seeds.
 
     Raises:
         EbmPriorError: If there are too few images, or the reference's statistics are of other
@@ -254,7 +255,7 @@ def evaluate(
         floor.add(network(to_uint8(prior.backbone.decode(z).mean)))
     extra = {}
     if baselines:
-        fitted = GaussianFit.of(prior, train, n, seed)
+        fitted = GaussianFit.of(prior, train, seed=seed)
         covariance, resampled = SampleSet(network, n), SampleSet(network, n)
         for features in _fitted_features(prior, fitted, batches, temperature, network):
             covariance.add(features)
