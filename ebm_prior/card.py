@@ -36,9 +36,13 @@ HUB_DATASETS = {
 """Hub ids of the data sets that have one; others are named in the text alone."""
 PRIORS = {
     "gaussian": "Gaussian prior",
+    "full_covariance": "full-covariance Gaussian",
+    "resampling": "importance resampling",
     "energy": "energy prior",
     "reconstruction": "reconstructions (floor)",
 }
+BASELINES = ("full_covariance", "resampling")
+"""Those of them that are measured where asked for."""
 SECTIONS = {
     "evaluation": "Results",
     "ood": "Out-of-distribution detection",
@@ -108,7 +112,9 @@ def _evaluation(config: dict) -> dict | None:
     """The recorded evaluation if it is complete; a card shows a table or none."""
     found = config.get("training", {}).get("evaluation")
     try:
-        for prior in ("gaussian", "energy", "reconstruction"):
+        for prior in PRIORS:
+            if prior in BASELINES and prior not in found:
+                continue
             quality = found[prior]
             numbers = [quality[key] for key in ("frechet", "precision", "recall", "n")]
             if not all(map(is_number, numbers)):
@@ -274,9 +280,10 @@ def evaluation_table(config: dict) -> Table | None:
     found = _evaluation(config)
     if found is None:
         return None
+    priors = {key: title for key, title in PRIORS.items() if key in found}
     names = {"frechet": "Fréchet distance", "precision": "precision", "recall": "recall"}
     for key in ("density", "coverage"):  # newer ones; statistics alone do not give them
-        if all(is_number(found[prior].get(key)) for prior in PRIORS):
+        if all(is_number(found[prior].get(key)) for prior in priors):
             names[key] = key
     rows = [
         (
@@ -284,7 +291,7 @@ def evaluation_table(config: dict) -> Table | None:
             *(f"{found[key][name]:.{2 if name == 'frechet' else 3}f}" for name in names),
             str(found[key]["n"]),
         )
-        for key, title in PRIORS.items()
+        for key, title in priors.items()
     ]
     data = found.get("data") or config["backbone"].get("dataset") or "the data set"
     held_out = found.get("reference_images")
@@ -294,6 +301,8 @@ def evaluation_table(config: dict) -> Table | None:
         against = f"the statistics in {found['reference']}"
         against += f" ({held_out} images)" if held_out else ""
     runs = f" Means of {len(found['runs'])} runs." if found.get("runs") else ""
+    if is_number(found.get("fitted_to")):
+        runs += f" The full-covariance Gaussian is fitted to {found['fitted_to']} posterior draws."
     gap = found["gap_closed"]
     return Table(
         f"Against {against}, on the features of: {found['energy']['features']}. Distances compare "
@@ -422,6 +431,8 @@ def evaluate_command(config: dict, repo_id: str) -> str:
         args += ["--reference", str(found["reference"])]
     if found.get("runs"):
         args += ["--repeats", str(len(found["runs"]))]
+    if any(key in found for key in BASELINES):
+        args += ["--baselines"]
     used = found.get("sampler")
     if isinstance(used, dict) and used != stored:
         for option, key in (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["energy_figure", "latents_figure", "posterior_latents", "way_picture"]
 
-COLOURS = (ENERGY, OTHER, GAUSSIAN, "#e09f3e")
+COLOURS = (ENERGY, OTHER, GAUSSIAN, "#e09f3e", "#7b5ea7")
 COLUMNS = 12  # chains shown
 EARLY = 100  # steps of the first panel
 
@@ -36,7 +36,9 @@ def energy_figure(study: ChainStudy) -> Figure:
     shade = 0.07 if several else 0.15
     for run, colour in zip(study.runs, COLOURS, strict=False):
         low, median, high = np.quantile(run.energy, [0.05, 0.5, 0.95], axis=1)
-        name = f"{run.config.transition}, s = {run.config.step_size:.2g}"
+        name = run.config.transition
+        if run.config.sized:
+            name += f", s = {run.config.step_size:.2g}"
         for axes, last in ((early, EARLY), (whole, run.config.steps)):
             shown = slice(0, last + 1)
             steps = np.arange(len(median))[shown]
@@ -51,7 +53,7 @@ def energy_figure(study: ChainStudy) -> Figure:
 
 
 def bars(axes: object, runs: Sequence[LongChains]) -> None:
-    """Effective samples per 1000 gradients, a group of bars per summary."""
+    """Effective samples per 1000 gradients (energies of sir), a group of bars per summary."""
     labels = ("E", "|eps|²", "slowest")
     for i, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
         rates = ess_rates(run, run.mixing())
@@ -60,7 +62,7 @@ def bars(axes: object, runs: Sequence[LongChains]) -> None:
         axes.bar(places, values, 0.75 / len(runs), color=colour)
     axes.set_axisbelow(True)
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylabel("effective samples per 1000 gradients")
+    axes.set_ylabel("effective samples\nper 1000 gradients or energies")
 
 
 def way_picture(study: ChainStudy, reference: Tensor | None = None) -> Tensor:

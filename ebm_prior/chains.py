@@ -6,7 +6,7 @@ Sec. 5.4 and Fig. 8 of the paper run 2500 steps with heads that were trained on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class LongChains:
         images: Decoder means at the chosen steps, (N, C, H, W), uint8.
         latents: z of every group of two units at the steps of Fig. 2, (N, 2), by step and
             by group.
+        z: Latents of all groups side by side at the chosen steps, (M, D), where they were
+            asked for; of the first chains only where memory is short.
     """
 
     config: SamplerConfig
@@ -51,6 +53,7 @@ class LongChains:
     accepted: np.ndarray
     images: dict[int, Tensor]
     latents: dict[int, dict[str, np.ndarray]]
+    z: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def settled(self) -> int:
@@ -63,10 +66,10 @@ class LongChains:
         return float(self.accepted[self.settled :].mean())
 
     @property
-    def gradients(self) -> int:
-        """Gradients of one chain's energy, once settled."""
-        steps = self.config.steps - self.settled
-        return steps * TRANSITIONS[self.config.transition].gradients
+    def cost(self) -> tuple[int, str]:
+        """Gradients of one chain's energy, once settled, or energies where it takes none."""
+        steps, each = self.config.steps - self.settled, TRANSITIONS[self.config.transition]
+        return (steps * each.gradients, "gradients") if each.gradients else (steps, "energies")
 
     def energy_band(self) -> dict[str, float]:
         """Least and largest mean energy of the chains once settled, nats, and its drift.
@@ -110,10 +113,16 @@ class _Recorder:
         config: Of the chains.
         at: Steps whose images are kept.
         temperature: Of the prior.
+        keep_z: Of how many chains all latents are kept at these steps.
     """
 
     def __init__(
-        self, prior: EnergyPrior, config: SamplerConfig, at: Sequence[int], temperature: float
+        self,
+        prior: EnergyPrior,
+        config: SamplerConfig,
+        at: Sequence[int],
+        temperature: float,
+        keep_z: int,
     ) -> None:
         self.prior, self.config, self.at, self.temperature = prior, config, set(at), temperature
         groups = enumerate(prior.backbone.groups)
@@ -127,6 +136,7 @@ class _Recorder:
         self.accepted = np.zeros(config.steps)
         self.images: dict[int, list[Tensor]] = {}
         self.latents: dict[int, dict[str, list[Tensor]]] = {}
+        self.keep_z, self.z = keep_z, dict[int, list[Tensor]]()
 
     def __call__(self, info: StepInfo) -> None:
         self.accepted[info.step - 1] += info.accepted.sum().item()
@@ -154,6 +164,10 @@ class _Recorder:
         if step in self.at:
             images = to_uint8(self.prior.images(eps, self.temperature)).cpu()
             self.images.setdefault(step, []).append(images)
+            kept = self.z.setdefault(step, [])
+            if (missing := self.keep_z - sum(map(len, kept))) > 0:
+                z = self.prior.backbone.transform([e[:missing] for e in eps], self.temperature)
+                kept.append(flatten(z)[0].cpu())
         if step in LATENTS_AT and self.planar:
             z = self.prior.backbone.transform(eps, self.temperature)
             found = self.latents.setdefault(step, {name: [] for _, name in self.planar})
@@ -175,6 +189,7 @@ class _Recorder:
                 step: {name: torch.cat(z).numpy() for name, z in self.latents[step].items()}
                 for step in sorted(self.latents)
             },
+            {step: torch.cat(self.z[step]) for step in sorted(self.z)} if self.keep_z else {},
         )
 
 
@@ -186,6 +201,7 @@ def long_chains(
     at: Sequence[int] = (),
     temperature: float = 1.0,
     batch_size: int = 100,
+    keep_z: int = 0,
 ) -> LongChains:
     """Run one chain per seed and keep its scalars at every step, images at a few.
 
@@ -196,6 +212,7 @@ def long_chains(
         at: Steps whose images are kept; 0 is the start, a sample of the Gaussian prior.
         temperature: Multiplies every prior sigma.
         batch_size: Chains run together; changes results by rounding only.
+        keep_z: Of how many chains, the first ones, all latents are kept at these steps.
 
     Raises:
         EbmPriorError: If the chains are too short to be judged, or diverge.
@@ -204,7 +221,7 @@ def long_chains(
         raise EbmPriorError(f"long chains have at least {2 * MIN_DRAWS} steps")
     if wrong := [step for step in at if not 0 <= step <= config.steps]:
         raise EbmPriorError(f"no step {wrong[0]}: the chains have {config.steps}, from 0")
-    recorder = _Recorder(prior, config, at, temperature)
+    recorder = _Recorder(prior, config, at, temperature, keep_z)
     for batch in seeded_batches(
         prior, seeds, config, batch_size=batch_size, temperature=temperature, callback=recorder
     ):

@@ -1,18 +1,24 @@
-"""Before and after: Gaussian prior, energy prior and reconstructions against held-out images."""
+"""Before and after: Gaussian prior, energy prior and reconstructions against held-out images.
+
+Baselines tell what of the gain is the energy's and its chains': a Gaussian with the covariance
+of the posterior, without any energy, and importance resampling, with the energy but no chains.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.feature_cache import FeatureCache
 from ebm_prior.files import finite
+from ebm_prior.gaussian_fit import GaussianFit
 from ebm_prior.images import to_uint8
 from ebm_prior.metrics import (
     FeatureNetwork,
@@ -32,9 +38,12 @@ __all__ = ["Evaluation", "Repeated", "evaluate", "evaluate_images", "quality_tab
 
 SETS = {
     "gaussian": "Gaussian prior",
+    "full_covariance": "full-covariance Gaussian",
+    "resampling": "importance resampling",
     "energy": "energy prior",
     "reconstruction": "reconstructions",
 }
+CHAINS = ("gaussian", "energy")  # start and end
 NUMBERS = {  # of a SampleQuality: heading, digits
     "frechet": ("Fréchet", 2),
     "precision": ("precision", 3),
@@ -60,6 +69,11 @@ class Evaluation:
         sampler: Transition, steps and step size.
         temperature: Of both priors.
         seed: First of the consecutive seeds.
+        full_covariance: A Gaussian with mean and covariance of the posterior's noise
+            (`GaussianFit`); None, as the next two, where no baselines were asked for.
+        resampling: The same heads by `sir`, with as many draws as the chains have steps, beside
+            the same start.
+        fitted_to: Number of posterior draws behind `full_covariance`.
     """
 
     gaussian: SampleQuality
@@ -70,24 +84,37 @@ class Evaluation:
     sampler: SamplerConfig
     temperature: float
     seed: int
+    full_covariance: SampleQuality | None = None
+    resampling: SampleQuality | None = None
+    fitted_to: int | None = None
 
     def to_dict(self) -> dict:
         """Plain values for JSON; `gap_closed` is None where there is no gap."""
-        return asdict(self) | {"gap_closed": finite(self.gap_closed)}
+        found = asdict(self) | {"gap_closed": finite(self.gap_closed)}
+        absent = ("full_covariance", "resampling", "fitted_to")
+        return {k: v for k, v in found.items() if k not in absent or v is not None}
+
+    def sets(self) -> dict[str, str]:
+        """Titles of the sets of images that were measured, by their names."""
+        return {name: title for name, title in SETS.items() if getattr(self, name) is not None}
 
     def table(self) -> Table:
         """A row per set of images."""
-        rows = {title: (getattr(self, name),) for name, title in SETS.items()}
-        return quality_table(rows, f"gap closed: {self.gap_closed:.3f}   ({self.terms()})")
+        return quality_table(_rows((self,)), f"{_gaps((self,))}   ({self.terms()})")
 
     def terms(self) -> str:
         """What the numbers were measured on, for the line below the table."""
-        s, count = self.sampler, self.reference_images
-        return (
+        count = self.reference_images
+        terms = (
             f"{self.energy.n} samples against {'' if count is None else f'{count} '}held-out "
-            f"images; features: {self.energy.features}; "
-            f"{s.steps} {s.transition} steps of size {s.step_size:.3g}"
+            f"images; features: {self.energy.features}; {self.sampler}"
         )
+        if self.fitted_to is not None:
+            terms += (
+                f"; Gaussian fitted to {self.fitted_to} posterior draws; one of "
+                f"{self.sampler.steps + 1} draws resampled"
+            )
+        return terms
 
 
 @dataclass(frozen=True)
@@ -104,7 +131,7 @@ class Repeated:
         """Plain values for JSON: means where `Evaluation` has values, `std`, and all `runs`."""
         runs = [run.to_dict() for run in self.runs]
         mean, std = dict(runs[0]), {}
-        for name in SETS:
+        for name in self.runs[0].sets():
             qualities = [run[name] for run in runs]
             mean[name] = qualities[0] | _over(qualities, np.mean)
             std[name] = _over(qualities, _std)
@@ -114,13 +141,29 @@ class Repeated:
 
     def table(self) -> Table:
         """A row per set of images."""
-        rows = {title: [getattr(run, name) for run in self.runs] for name, title in SETS.items()}
-        gap = _cell([run.gap_closed for run in self.runs], 3)
         return quality_table(
-            rows,
-            f"gap closed: {gap}   (mean ± standard deviation of {len(self.runs)} runs; "
+            _rows(self.runs),
+            f"{_gaps(self.runs)}   (mean ± standard deviation of {len(self.runs)} runs; "
             f"{self.runs[0].terms()})",
         )
+
+
+def _rows(runs: Sequence[Evaluation]) -> dict[str, list[SampleQuality]]:
+    """Every set of images, over the runs, by its title."""
+    return {title: [getattr(run, name) for run in runs] for name, title in runs[0].sets().items()}
+
+
+def _gaps(runs: Sequence[Evaluation]) -> str:
+    """Shares of the gap that are closed: by the energy prior, and by baselines if there are."""
+    text = f"gap closed: {_cell([run.gap_closed for run in runs], 3)}"
+    for title, found in _rows(runs).items():
+        if title in (SETS["full_covariance"], SETS["resampling"]):
+            shares = [
+                gap_closed(run.gaussian.frechet, quality.frechet, run.reconstruction.frechet)
+                for run, quality in zip(runs, found, strict=True)
+            ]
+            text += f", by {title} {_cell(shares, 3)}"
+    return text
 
 
 def _over(qualities: Sequence[dict], function: Callable) -> dict:
@@ -171,6 +214,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     cache: FeatureCache | None = None,
+    baselines: bool = False,
 ) -> Evaluation:
     """Compare Gaussian and energy prior with held-out images.
 
@@ -186,6 +230,9 @@ def evaluate(
         batch_size: Chains run together; changes results by rounding only.
         cache: Where features of finished batches are kept, and found after an interruption:
             the result is then the same as without one.
+        baselines: Also measure a Gaussian fitted to posterior draws of training images (10 000,
+            whatever `n`, as few would make it a weak one), and importance resampling: with the
+            same seeds.
 
     Raises:
         EbmPriorError: If there are too few images, or the reference's statistics are of other
@@ -206,6 +253,22 @@ def evaluate(
     floor = SampleSet(network, min(n, len(train)))
     for z in PosteriorStream(prior, train).picked(n, seed):
         floor.add(network(to_uint8(prior.backbone.decode(z).mean)))
+    extra = {}
+    if baselines:
+        fitted = GaussianFit.of(prior, train, seed=seed)
+        covariance, resampled = SampleSet(network, n), SampleSet(network, n)
+        for features in _fitted_features(prior, fitted, batches, temperature, network):
+            covariance.add(features)
+        sir = replace(config, transition="sir")
+        for (features,) in _features(
+            prior, batches, sir, temperature, network, cache, ("resampling",)
+        ):
+            resampled.add(features)
+        extra = {
+            "full_covariance": covariance.quality(reference),
+            "resampling": resampled.quality(reference),
+            "fitted_to": fitted.n,
+        }
     gaussian, energy, reconstruction = (s.quality(reference) for s in (before, after, floor))
     return Evaluation(
         gaussian,
@@ -216,7 +279,22 @@ def evaluate(
         config,
         temperature,
         seed,
+        **extra,
     )
+
+
+def _fitted_features(
+    prior: EnergyPrior,
+    fitted: GaussianFit,
+    batches: Sequence[range],
+    temperature: float,
+    network: FeatureNetwork,
+) -> Iterator[Tensor]:
+    """Features of the fitted Gaussian's samples, batch by batch."""
+    for seeds in tqdm(batches, "fitted Gaussian", leave=False, disable=None, delay=1):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        eps = fitted.sample_eps(len(seeds), generators)
+        yield network(to_uint8(prior.images(eps, temperature)))
 
 
 def _features(
@@ -226,10 +304,14 @@ def _features(
     temperature: float,
     network: FeatureNetwork,
     cache: FeatureCache | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features of both priors' samples, batch by batch, from the cache where they are there."""
+    names: Sequence[str] = CHAINS,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Features of samples, batch by batch, from the cache where they are there.
+
+    Names are those of the chains' starts and ends, or of the ends alone.
+    """
     ranks = Ranks(prior.backbone.device)
-    missing = [seeds for seeds in batches if cache is None or not cache.has(seeds)]
+    missing = [seeds for seeds in batches if cache is None or not cache.has(seeds, names)]
     missing = ranks.agree(missing)
     if (found := len(batches) - len(missing)) and ranks.is_main:
         tqdm.write(f"{found} of {len(batches)} batches were finished before", file=sys.stderr)
@@ -245,15 +327,16 @@ def _features(
     wanted = set(missing)
     for seeds in batches:
         if seeds not in wanted:
-            yield cache.load(seeds)
+            yield cache.load(seeds, names)
             continue
         batch = next(sampled)
-        pair = [
-            network(to_uint8(prior.images(eps, temperature))) for eps in (batch.start, batch.end)
-        ]
+        found = tuple(
+            network(to_uint8(prior.images(eps, temperature)))
+            for eps in (batch.start, batch.end)[-len(names) :]
+        )
         if cache is not None:
-            cache.save(seeds, *pair)
-        yield tuple(pair)
+            cache.save(seeds, dict(zip(names, found, strict=True)))
+        yield found
     next(sampled, None)  # closes its progress bar
 
 

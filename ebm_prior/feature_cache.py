@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,11 +30,11 @@ __all__ = ["FeatureCache"]
 
 
 class FeatureCache:
-    """A folder with one file per finished batch; as a context, deleted once all is done.
+    """A folder with a file per finished batch; as a context, deleted once all is done.
 
     The folder's name is a hash of what a batch depends on besides its seeds: weights of heads
     and backbone (readjusted batch-norm statistics too), sampler, temperature, precision,
-    features, device and versions. A file's name is the batch's seeds.
+    features, device and versions. A file's name is the batch's seeds, and the sets of samples.
 
     Args:
         root: Where to create the folder.
@@ -81,32 +82,32 @@ class FeatureCache:
                 f"(in {self.folder})"
             )
 
-    def _path(self, seeds: range) -> Path:
-        return self.folder / f"{seeds[0]}-{seeds[-1]}.safetensors"
+    def _path(self, seeds: range, names: Iterable[str]) -> Path:
+        return self.folder / f"{seeds[0]}-{seeds[-1]}-{'-'.join(names)}.safetensors"
 
-    def has(self, seeds: range) -> bool:
-        """Whether the batch with these seeds is finished."""
-        return self._path(seeds).is_file()
+    def has(self, seeds: range, names: Sequence[str]) -> bool:
+        """Whether the batch with these seeds and sets of samples is finished."""
+        return self._path(seeds, names).is_file()
 
-    def load(self, seeds: range) -> tuple[Tensor, Tensor]:
-        """Features of the Gaussian's and the energy prior's samples, (B, dim), float64."""
-        path = self._path(seeds)
+    def load(self, seeds: range, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Features of the named sets of samples, (B, dim) each, float64."""
+        path = self._path(seeds, names)
         try:
             found = load_file(path)
-            pair = found["gaussian"].double(), found["energy"].double()
+            sets = tuple(found[name].double() for name in names)
         except (SafetensorError, OSError, KeyError) as error:
             raise EbmPriorError(f"{path} is damaged or gone; delete {self.folder}") from error
-        if not all(x.ndim == 2 and len(x) == len(seeds) for x in pair):
+        if not all(x.ndim == 2 and len(x) == len(seeds) for x in sets):
             raise EbmPriorError(f"{path} is damaged; delete {self.folder}")
-        return pair
+        return sets
 
-    def save(self, seeds: range, gaussian: Tensor, energy: Tensor) -> None:
+    def save(self, seeds: range, features: Mapping[str, Tensor]) -> None:
         """Keep a finished batch; where that cannot be, warn once and go on without."""
         if not self.writable:
             return
-        pair = {"gaussian": compact(gaussian), "energy": compact(energy)}
+        sets = {name: compact(tensor) for name, tensor in features.items()}
         try:
-            write_bytes(self._path(seeds), save(pair))
+            write_bytes(self._path(seeds, features), save(sets))
         except CannotWriteError as error:
             self.writable = False
             warnings.warn(f"an interruption will lose all samples: {error}", stacklevel=2)

@@ -10,7 +10,8 @@ the Jacobian of T, so nothing else is added to the drift.
 `langevin` is the paper's unadjusted step. `pcnl` is the Metropolis-adjusted,
 preconditioned Crank-Nicolson Langevin step, whose proposal leaves N(0, I) exactly
 invariant; its acceptance rate tells whether the step size is right. `ebm_prior.hmc` has
-two more exact ones; `ebm_prior.transitions` lists all by name.
+two more exact ones, `ebm_prior.importance` one without gradients; `ebm_prior.transitions` lists
+all by name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ebm_prior.ranks import Share
 
 __all__ = [
     "ChainState", "StepInfo", "keyed_generator", "langevin", "metropolis", "metropolis_chain",
-    "pcnl", "pcnl_step", "rand", "randn", "start_chain",
+    "pcnl", "pcnl_step", "rand", "randn", "start_chain", "value_alone",
 ]  # fmt: skip
 
 Generators = torch.Generator | Sequence[torch.Generator] | Share | None
@@ -261,18 +262,37 @@ def value_and_grad(
         with torch.inference_mode(False), torch.enable_grad():
             point = rows.clone() if rows.is_inference() else rows.detach()
             point.requires_grad_()
-            value = function(unflatten(point))
-            if value.shape != rows.shape[:1]:
-                raise EbmPriorError(
-                    f"a density or energy of {len(rows)} samples must have shape "
-                    f"({len(rows)},), got {tuple(value.shape)}"
-                )
+            value = checked(function(unflatten(point)), rows)
             (grad,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), grad
 
     if isinstance(function, MicroBatched):
         return function.in_parts(evaluate, flat)
     return evaluate(flat)
+
+
+def value_alone(
+    function: Callable[[Latents], Tensor], flat: Tensor, unflatten: Callable
+) -> Tensor:
+    """`value_and_grad` without the gradient: (B,)."""
+
+    @torch.no_grad()
+    def evaluate(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return checked(function(unflatten(rows)), rows), rows[:, :0]
+
+    if isinstance(function, MicroBatched):
+        return function.in_parts(evaluate, flat)[0]
+    return evaluate(flat)[0]
+
+
+def checked(value: Tensor, rows: Tensor) -> Tensor:
+    """The values of rows (B, D), which must be (B,)."""
+    if value.shape != rows.shape[:1]:
+        raise EbmPriorError(
+            f"a density or energy of {len(rows)} samples must have shape "
+            f"({len(rows)},), got {tuple(value.shape)}"
+        )
+    return value
 
 
 def keyed_generator(*key: int) -> torch.Generator:

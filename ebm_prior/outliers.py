@@ -170,14 +170,12 @@ class Outliers:
             text = " / ".join("-" if v is None else f"{v:.3f}" for v in values)
             rows.setdefault(found.label, []).append(text)
         n, m = self.counts
-        s = self.sampler
         return Table(
             f"AUROC / AUPRC / FPR80 of {m} images of {self.names[1]} among {n} of {self.names[0]}",
             ("", *METHODS.values()),
             [(label, *cells) for label, cells in rows.items()],
             f"Chance is AUPRC {m / (n + m):.3f}; {self.samples} importance "
-            f"sample{'s' * (self.samples > 1)}; {s.steps} {s.transition} steps of size "
-            f"{s.step_size:.3g}.",
+            f"sample{'s' * (self.samples > 1)}; {self.sampler}.",
         )
 
     def plot(self) -> bytes:

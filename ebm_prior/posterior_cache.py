@@ -64,8 +64,10 @@ class PosteriorStream:
         """Latents of n rows, or of all if there are fewer, none twice, batch by batch."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(self), generator=generator)[:n]
-        for index in rows.split(ENCODE_BATCH):  # never of another size: they share a generator
-            yield self.latents(index, generator)
+        with tqdm(total=len(rows), desc="encoding", leave=False, disable=None, delay=1) as bar:
+            for index in rows.split(ENCODE_BATCH):  # of no other size: they share a generator
+                yield self.latents(index, generator)
+                bar.update(len(index))
 
     @torch.no_grad()
     def __call__(self, index: Tensor, generator: torch.Generator) -> Latents:

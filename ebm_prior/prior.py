@@ -29,10 +29,10 @@ class SamplerConfig:
     """How the heads were sampled while fitted, hence how to sample them now.
 
     Attributes:
-        transition: `langevin` (the paper's step), or one of the Metropolis-adjusted: `mala`,
-            `hmc`, `pcnl`.
+        transition: `langevin` (the paper's step), one of the Metropolis-adjusted: `mala`,
+            `hmc`, `pcnl`, or `sir`, importance resampling.
         steps: Transitions from N(0, I).
-        step_size: s of any transition: the variance of `langevin`'s noise.
+        step_size: s of any transition: the variance of `langevin`'s noise. `sir` ignores it.
     """
 
     transition: str = "pcnl"
@@ -45,6 +45,16 @@ class SamplerConfig:
                 f"transition must be one of {', '.join(TRANSITIONS)}, got {self.transition!r}"
             )
         check_settings(self.steps, self.step_size)
+
+    def __str__(self) -> str:
+        """Such as `40 pcnl steps of size 0.3`."""
+        size = f" of size {self.step_size:.3g}" if self.sized else ""
+        return f"{self.steps} {self.transition} steps{size}"
+
+    @property
+    def sized(self) -> bool:
+        """Whether the step size matters."""
+        return TRANSITIONS[self.transition].sized
 
 
 def head_shapes(
@@ -352,7 +362,7 @@ class EnergyPrior(nn.Module):
 
     def extra_repr(self) -> str:
         """Head kind and sampler, for `print(prior)`."""
-        return f"kind={self.kind}, nef={self.nef}, ndf={self.ndf}, {self.sampler}"
+        return f"kind={self.kind}, nef={self.nef}, ndf={self.ndf}, {self.sampler!r}"
 
 
 class frozen:  # noqa: N801

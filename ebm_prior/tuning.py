@@ -26,7 +26,8 @@ def tuned(
     """Sampler whose step size meets the transition's acceptance target on settled chains.
 
     Robbins and Monro's recursion on log s, over rounds of four transitions of the same
-    chains, and the mean of its second half. `langevin` rejects nothing and gets mala's.
+    chains, and the mean of its second half. `langevin` rejects nothing and gets mala's; `sir`,
+    which has none, keeps that stored with the heads.
 
     Args:
         prior: Energy prior to sample.
@@ -36,6 +37,8 @@ def tuned(
         chains: Run together.
         rounds: Steps of the recursion.
     """
+    if not TRANSITIONS[transition].sized:
+        return SamplerConfig(transition, steps, prior.sampler.step_size)
     name = "mala" if TRANSITIONS[transition].target is None else transition
     target = TRANSITIONS[name].target
     generator = torch.Generator().manual_seed(0)

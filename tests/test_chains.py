@@ -16,9 +16,10 @@ from ebm_prior.metrics import FeatureNetwork
 from ebm_prior.sampling import seeded_batches
 from ebm_prior.transitions import TRANSITIONS
 from ebm_prior.tuning import tuned
+from ebm_prior.two_sample import AggregatePosterior
 from tests.test_cli import run
 from tests.test_hierarchy import zero_heads
-from tests.test_prior import quadratic_prior
+from tests.test_prior import gaussian_of_quadratic_heads, quadratic_prior
 
 
 class Flat(FeatureNetwork):
@@ -102,9 +103,10 @@ def test_the_energy_band_is_that_of_the_settled_steps():
 def test_effective_samples_are_counted_per_gradient():
     """Independent draws: one per transition, so a fifth of one per gradient of hmc."""
     noise = np.random.default_rng(0).standard_normal((1001, 50))
-    for transition, cost in (("pcnl", 1), ("hmc", 5)):
+    for transition, cost, unit in (("pcnl", 1, "gradients"), ("hmc", 5, "gradients"),
+                                   ("sir", 1, "energies")):  # fmt: skip
         found = with_energy(noise, transition)
-        assert found.gradients == 900 * cost
+        assert found.cost == (900 * cost, unit)
         rates = ess_rates(found, found.mixing())
         assert rates["energy"] == pytest.approx(1000 / cost, rel=0.05)
 
@@ -165,6 +167,19 @@ def test_a_study_measures_every_run_at_every_step(toy):
     assert first["at"][0] == second["at"][0] and first["sampler"]["transition"] == "pcnl"
     assert second["gradients_per_chain"] == 5 * 8
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["reference_images"] == 50
+    draws = AggregatePosterior.of(prior, reference)
+    assert found.posterior_draws == len(draws.draws) == 25
+    for run_, tests, row in zip(found.runs, found.two_sample, (first, second), strict=True):
+        config = run_.config
+        z = {}
+        (batch,) = seeded_batches(
+            prior, range(9), config, callback=lambda i, z=z: z.update({i.step: i.eps})
+        )
+        for step in row["at"]:
+            flat = torch.cat(toy.transform(z.get(step["step"], batch.start)), 1)
+            torch.testing.assert_close(run_.z[step["step"]], flat)
+            assert tests[step["step"]] == draws.test(flat)
+            assert (step["energy_distance"], step["p_value"]) == tests[step["step"]]
     text = found.table()
     assert "hmc, step 16" in text and "held-out images" in text and "flat" in text
     assert way_picture(found, reference).shape[0] == 3
@@ -173,6 +188,28 @@ def test_a_study_measures_every_run_at_every_step(toy):
     assert len(latents_figure(found, posterior).axes) == 2 * 2
     alone = study(prior, range(9), configs[:1], at=(0,))
     assert alone.data is None and "held-out" not in alone.table()
+    assert alone.to_dict()["runs"][0]["at"][0]["energy_distance"] is None
+    few = study(prior, range(2), configs[:1], at=(0,), reference=reference[:3])
+    assert few.to_dict()["runs"][0]["at"][0]["p_value"] is None and "-" in few.table()
+
+
+def test_latents_move_towards_the_aggregate_posterior_and_only_what_fits_is_kept(toy, monkeypatch):
+    """Quadratic heads against draws of the Gaussian that they make of the prior."""
+    prior = quadratic_prior(toy)
+    mean, covariance = gaussian_of_quadratic_heads(toy)
+    draws = torch.distributions.MultivariateNormal(mean, covariance).sample((200,))
+    monkeypatch.setattr(
+        AggregatePosterior, "of", lambda *_: AggregatePosterior(mean * 0, mean * 0 + 1, draws)
+    )
+    monkeypatch.setattr("ebm_prior.two_sample.MEMORY", 2 * 5 * 150)
+    reference = torch.zeros(50, 1, 4, 4, dtype=torch.uint8)
+    config = SamplerConfig("pcnl", 60, 0.3)
+    found = study(prior, range(200), [config], at=(0, 60), reference=reference, batch_size=90)
+    before, after = found.two_sample[0].values()
+    assert before.p_value == 0.001 and after.p_value > 0.01
+    assert abs(after.distance) < 0.05 * before.distance
+    assert [len(z) for z in found.runs[0].z.values()] == [150, 150]
+    assert found.runs[0].energy.shape == (61, 200) and "150 chains" in found.table()
 
 
 def test_singular_covariances_are_warned_of_once(toy):
@@ -237,7 +274,8 @@ def test_command_records_what_it_prints(chains, folder, tmp_path):
     found = json.loads(chains("--json", "--record", "--transition", "all", *args))
     assert [r["sampler"]["transition"] for r in found["runs"]] == list(TRANSITIONS)
     assert found["runs"][0]["sampler"]["step_size"] == found["runs"][1]["sampler"]["step_size"]
-    assert all(row["frechet"] > 0 for r in found["runs"] for row in r["at"])
+    rows = [row for r in found["runs"] for row in r["at"]]
+    assert all(row["frechet"] > 0 and 0 < row["p_value"] <= 1 for row in rows)
     assert found["features"] and found["reference_images"] == 20
     pictures = found.pop("pictures")
     stored = json.loads((folder / "heads/config.json").read_text())["training"]["chains"]
@@ -282,6 +320,7 @@ def test_bad_input_gives_one_line(chains, args, code, message):
 def test_other_verbs_take_every_transition(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     for name in TRANSITIONS:
-        run("sample", "--heads", "heads", "--ckpt", "toy.json", "--transition", name,
-            "--step-size", 0.1, "--steps", 3, "-n", 2, "--out", tmp_path / name)  # fmt: skip
+        size = [] if name == "sir" else ["--step-size", 0.1]  # it has none
+        run("sample", "--heads", "heads", "--ckpt", "toy.json", "--transition", name, *size,
+            "--steps", 3, "-n", 2, "--out", tmp_path / name)  # fmt: skip
         assert len(list((tmp_path / name).iterdir())) == 2

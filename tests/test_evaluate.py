@@ -20,10 +20,13 @@ from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, load_backbone
 from ebm_prior.card import model_card
 from ebm_prior.cli import main
-from ebm_prior.evaluate import Evaluation, Repeated, evaluate
+from ebm_prior.evaluate import SETS, Evaluation, Repeated, evaluate
 from ebm_prior.feature_cache import FeatureCache
+from ebm_prior.gaussian_fit import GaussianFit
+from ebm_prior.images import to_uint8
 from ebm_prior.interrupt import Interrupted
 from ebm_prior.metrics import FeatureStatistics, SampleQuality, compare, load_features
+from ebm_prior.report import report
 
 
 def run(*args, code=0):
@@ -185,6 +188,62 @@ def test_repeats_are_runs_with_the_next_seeds(world):
     assert f"{mean:.2f} ± {std:.2f}" in text and "of 3 runs" in text
 
 
+def test_baselines_are_rows_on_equal_terms(world):
+    plain = json.loads(run(*EVALUATE, "--json"))
+    found = json.loads(run(*EVALUATE, "--baselines", "--json"))
+    extra = {key: found.pop(key) for key in ("full_covariance", "resampling", "fitted_to")}
+    assert found == plain and extra["fitted_to"] == 200  # all there are
+    # importance resampling is what --transition sir makes of the same seeds
+    assert (
+        extra["resampling"]
+        == json.loads(run(*EVALUATE, "--transition", "sir", "--json"))["energy"]
+    )
+    s = small(world)
+    fitted = GaussianFit.of(s.prior, s.train)
+    eps = fitted.sample_eps(120, [torch.Generator().manual_seed(i) for i in range(120)])
+    own = s.network(to_uint8(s.prior.images(eps)))
+    quality = compare(s.network(s.test), own, s.network)
+    assert extra["full_covariance"]["frechet"] == pytest.approx(quality.frechet, rel=1e-3)
+    # images of narrow latents: the covariance alone already tells
+    assert extra["full_covariance"]["frechet"] < plain["gaussian"]["frechet"] / 2
+    many = json.loads(run(*EVALUATE[:-1], 250, "--baselines", "--json"))
+    assert many["full_covariance"]["n"] == many["resampling"]["n"] == 250
+
+
+def test_baselines_are_shown_repeated_and_recorded(world):
+    titles = ["Gaussian prior", "full-covariance Gaussian", "importance resampling",
+              "energy prior", "reconstructions"]  # fmt: skip
+    text = run(*EVALUATE, "--repeats", 2, "--baselines", "--record")
+    assert [row.split("  ")[0] for row in text.splitlines()[1:6]] == titles
+    assert "by full-covariance Gaussian 0." in text and ", by importance resampling " in text
+    assert "Gaussian fitted to 200 posterior draws; one of 4 draws resampled" in text
+    config = json.loads(Path("heads/config.json").read_text())
+    stored = config["training"]["evaluation"]
+    values = [r["full_covariance"]["frechet"] for r in stored["runs"]]
+    assert values[0] != values[1]
+    assert stored["full_covariance"]["frechet"] == pytest.approx(statistics.fmean(values))
+    assert stored["std"]["resampling"]["recall"] >= 0
+    card = model_card(config)
+    for key, title in zip(SETS, titles, strict=True):
+        assert f"| {title}" in card and f"| {stored[key]['frechet']:.2f} |" in card
+    assert "--repeats 2 --baselines" in card and "fitted to 200 posterior draws" in card
+    assert "full-covariance Gaussian" in report(Path("heads"))
+    for key, value in (("resampling", {"frechet": "x"}), ("full_covariance", None)):
+        config["training"]["evaluation"] = stored | {key: value}
+        assert "importance resampling" not in model_card(config)  # a stranger's: all or nothing
+
+
+def test_interrupted_baselines_go_on_too(world, monkeypatch):
+    whole = run(*COMMAND, "--baselines")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 19)
+        run(*COMMAND, "--baselines", code=1)
+    assert len(list(world.glob("heads/state/*/*-resampling.safetensors"))) == 4
+    result = CliRunner().invoke(main, [*COMMAND, "--baselines"])
+    assert "15 of 15 batches were finished before\n4 of 15" in result.stderr
+    assert result.stdout == whole and not batches(world)
+
+
 def test_what_is_recorded_reproduces_from_the_card(world):
     run("evaluate", "stats", "--data", "x.npz", "--out", "test.npz")
     run(*EVALUATE, "--reference", "test.npz", "--repeats", 2, "--precision", "bf16", "--record")
@@ -322,7 +381,7 @@ def test_damaged_batches_are_refused_and_a_full_disk_is_survived(world, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_after(patch, 2)
         measure()
-    (path,) = world.glob("c/evaluate-*/0-29.safetensors")
+    (path,) = world.glob("c/evaluate-*/0-29-*.safetensors")
     good = path.read_bytes()
     for bad in (b"", good[:-1], good[:100]):
         path.write_bytes(bad)

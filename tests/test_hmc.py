@@ -178,7 +178,7 @@ def test_a_transition_costs_the_gradients_it_says():
         entry.chain(lambda e, f=function, c=calls: c.append(1) or f(e), eps,
                     steps=7, step_size=0.1, generator=g)  # fmt: skip
         first = 0 if name == "langevin" else 1  # where the chain begins
-        assert len(calls) == 7 * entry.gradients + first, name
+        assert len(calls) == 7 * max(entry.gradients, 1) + first, name  # sir: energies alone
 
 
 def test_bad_settings_are_refused():

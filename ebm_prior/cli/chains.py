@@ -104,8 +104,9 @@ def chains(
     """Run long chains: energy, images on the way, saturation, mixing (Fig. 8).
 
     Chains are judged once settled, after 100 steps. Where a group of the backbone has two
-    units, its latents are drawn too (Fig. 2). Without held-out images there is no Fréchet
-    distance.
+    units, its latents are drawn too (Fig. 2). Held-out images give two distances at each
+    step of --at: the images' Fréchet distance, and the latents' energy distance to their
+    aggregate posterior, with a p-value.
 
     \b
     ebm-prior chains --heads runs/mine
@@ -209,5 +210,5 @@ def held_out(data: DataChoice, config: dict, backbone: Backbone) -> Tensor | Non
     except EbmPriorError as error:
         if data.data is not None:
             raise
-        click.echo(f"no held-out images, hence no Fréchet distance: {error}", err=True)
+        click.echo(f"no held-out images, hence no distance to them: {error}", err=True)
         return None

@@ -95,6 +95,11 @@ resize_option = click.option(
     show_default=True,
     help="Measure again with the next n seeds; mean and standard deviation are shown.",
 )
+@click.option(
+    "--baselines",
+    is_flag=True,
+    help="Also a Gaussian fitted to the posterior's draws, and importance resampling.",
+)
 @features_options
 @click.option(
     "--reference",
@@ -113,6 +118,7 @@ def evaluate(
     n: int,
     seed: int,
     repeats: int,
+    baselines: bool,
     features: FeaturesChoice,
     reference: str | None,
     record: bool,
@@ -125,7 +131,7 @@ def evaluate(
     \b
     ebm-prior evaluate
     ebm-prior evaluate --heads runs/mine --data cifar10 -n 50000 --json
-    ebm-prior evaluate --heads runs/mine --repeats 3 --record
+    ebm-prior evaluate --heads runs/mine --repeats 3 --baselines --record
     ebm-prior evaluate stats --data cifar10 --out cifar10.npz
     ebm-prior evaluate --heads runs/mine --reference cifar10.npz
     ebm-prior evaluate images samples.zip --reference cifar10.npz
@@ -181,6 +187,7 @@ def evaluate(
                 seed=seed + r * n,
                 batch_size=chain.batch_size,
                 cache=cache,
+                baselines=baselines,
             )
             for r in range(repeats)
         ]

@@ -149,7 +149,8 @@ class SamplerChoice:
         from ebm_prior.prior import SamplerConfig
 
         stored = prior.sampler
-        if self.transition not in (None, stored.transition) and self.step_size is None:
+        other = self.transition not in (None, stored.transition)
+        if other and self.step_size is None and TRANSITIONS[self.transition].sized:
             raise click.UsageError(
                 f"the stored step size belongs to {stored.transition}; give --step-size too"
             )
@@ -187,7 +188,8 @@ SAMPLER = (
     click.option(
         "--transition",
         type=click.Choice(list(TRANSITIONS)),
-        help="The paper's step, or one that is Metropolis-adjusted [default: stored].",
+        help="The paper's step, one that is Metropolis-adjusted, or sir, importance resampling "
+        "[default: stored].",
     ),
 )
 sampling_options = (
