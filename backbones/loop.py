@@ -41,6 +41,7 @@ class LoopConfig:
     """
 
     verb: ClassVar[str] = "pretrain"  # whose settings they are
+    nested: ClassVar[tuple[str, ...]] = ()  # settings that list lists, which the trainer checks
     iterations: int = 6000
     epochs: int = 0
     batch_size: int = 64
@@ -57,7 +58,9 @@ class LoopConfig:
             elif kind is int:
                 valid = _is_whole(value, 0)
             elif kind is tuple:
-                valid = isinstance(value, (tuple, list)) and all(_is_whole(v, 1) for v in value)
+                valid = isinstance(value, (tuple, list)) and (
+                    field.name in self.nested or all(_is_whole(v, 1) for v in value)
+                )
             else:
                 valid = isinstance(value, kind)
             if not valid:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.generator import Generator, GeneratorConfig, checkpoint_bytes
+from backbones.generator import Generator, checkpoint_bytes
 from backbones.generator.config import PRESETS, TrainConfig
 from backbones.loop import Loop, Progress, configure
 from ebm_prior.backbone import Latents
@@ -140,23 +140,18 @@ class _Joint(Loop):
         self, images: Tensor, out: Path, dataset: str, config: TrainConfig,
         device: torch.device, record: dict,
     ) -> None:  # fmt: skip
-        sizes = GeneratorConfig(
-            tuple(images.shape[1:]),
-            config.latents,
-            config.hidden,
-            config.ngf,
-            config.sigma,
-            dataset,
-        )
         self.scale, self.rollbacks = 1.0, 0
         self.tilted = config.prior == "ebm"
         with torch.random.fork_rng(devices=[]):  # leave the caller's generator alone
             torch.manual_seed(config.seed)
-            model = Generator(sizes).to(device)
+            model = Generator(config.generator(tuple(images.shape[1:]), dataset)).to(device)
             super().__init__(images, out, dataset, config, model)
             # what learns, and the same generator with the averaged heads, which is kept
             self.prior, self.kept = (
-                EnergyPrior.for_backbone(model, config.heads, ndf=config.ndf) for _ in range(2)
+                EnergyPrior.for_backbone(
+                    model, config.heads, ndf=config.ndf, layers=config.head_layers or None
+                )
+                for _ in range(2)
             )
         model.name, model.checkpoint = self.family, str(out / BACKBONE)
         model.requires_grad_(True)
