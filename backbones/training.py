@@ -25,7 +25,7 @@ from backbones.loop import (
     optimizer_tensors,
     save_torch_file,
     state_exists,
-)  # fmt: skip
+)
 from backbones.stages.checkpoint import FILES
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError

@@ -403,7 +403,10 @@ def test_kill_at_random_moments_and_resume(tmp_path, method):
     """kill -9, at any moment, then --resume: the same bytes as an uninterrupted run."""
     x = blobs(60).squeeze(1).numpy()
     np.savez(tmp_path / "x.npz", x_train=x, x_test=x[:9])
-    settings = TINY | {"iterations": 300, "save_every": 5, "sample_every": 20}
+    settings = TINY | {
+        "iterations": 300, "save_every": 5, "sample_every": 20, "heads_lr": 1e-3,
+        "generator_lr": 1e-3,
+    }  # fmt: skip
     command = [
         sys.executable, "-m", "ebm_prior", "train", "--data", str(tmp_path / "x.npz"),
         "--method", method, *(f"--set={k}={json.dumps(v)}" for k, v in settings.items()),

@@ -39,7 +39,7 @@ from backbones.loop import (
     load_optimizer,
     optimizer_tensors,
     state_exists,
-)  # fmt: skip
+)
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes
