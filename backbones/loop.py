@@ -6,6 +6,7 @@ import abc
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,13 +20,17 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import check_writable, write_bytes
 from ebm_prior.interrupt import CtrlC, Interrupted
-from ebm_prior.safe_load import load_torch_file
+from ebm_prior.run import read_state, write_state
 
-__all__ = ["Loop", "LoopConfig", "Progress", "configure", "save_torch_file"]
+__all__ = [
+    "Loop", "LoopConfig", "Progress", "State", "configure", "entries", "load_optimizer",
+    "optimizer_tensors", "save_torch_file", "state_exists",
+]  # fmt: skip
 
-STATE = "state.pt"
+STATE = "state.safetensors"
 SEEDS = 2**63  # seeds are taken modulo this: torch has none beyond 64 bits
 Progress = Callable[[int, int, dict[str, float]], None]
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and plain values beside them
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class LoopConfig:
     """
 
     verb: ClassVar[str] = "pretrain"  # whose settings they are
+    nested: ClassVar[tuple[str, ...]] = ()  # settings that list lists, which the trainer checks
     iterations: int = 6000
     epochs: int = 0
     batch_size: int = 64
@@ -57,7 +63,9 @@ class LoopConfig:
             elif kind is int:
                 valid = _is_whole(value, 0)
             elif kind is tuple:
-                valid = isinstance(value, (tuple, list)) and all(_is_whole(v, 1) for v in value)
+                valid = isinstance(value, (tuple, list)) and (
+                    field.name in self.nested or all(_is_whole(v, 1) for v in value)
+                )
             else:
                 valid = isinstance(value, kind)
             if not valid:
@@ -147,11 +155,11 @@ class Loop(abc.ABC):
         """One gradient step; its metrics, or None where it went back to an earlier step."""
 
     @abc.abstractmethod
-    def capture(self) -> dict[str, Any]:
-        """All that changes but the step number: tensors and plain values, in tables."""
+    def capture(self) -> State:
+        """All that changes but the step number."""
 
     @abc.abstractmethod
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Go back to what `capture` gave."""
 
     # -- files ----------------------------------------------------------------------------
@@ -174,18 +182,19 @@ class Loop(abc.ABC):
         check_writable(state)
         if not resume:
             return
-        data = load_torch_file(state)
-        if not isinstance(data, dict) or "description" not in data:
+        tensors, values = read_state(state)
+        if not isinstance(values, dict) or "description" not in values:
             raise EbmPriorError(f"{state} is not a state that {self.config.verb} wrote")
-        if data["description"] != self.description:
-            old, new = json.loads(data["description"]), json.loads(self.description)
+        description = values.pop("description")
+        if description != self.description:
+            old, new = json.loads(description), json.loads(self.description)
             changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
             raise EbmPriorError(
                 f"{self.out} was started with other settings ({', '.join(changed)}); resume "
                 "with the same ones, or choose another --out"
             )
-        self.step = self.saved = data["step"]
-        self.restore(data)
+        self.step = self.saved = values["step"]
+        self.restore((tensors, values))
 
     def save(self, interrupted: bool = False) -> None:
         """Write the state to resume from, atomically.
@@ -193,8 +202,9 @@ class Loop(abc.ABC):
         Args:
             interrupted: Whether this is no regular save.
         """
-        state = {"description": self.description, "step": self.step, **self.capture()}
-        save_torch_file(self.out / self.state_name, state)
+        tensors, values = self.capture()
+        values = {"description": self.description, "step": self.step, **values}
+        write_state(self.out / self.state_name, tensors, values)
         self.saved = self.step
 
     # -- steps ----------------------------------------------------------------------------
@@ -263,6 +273,54 @@ class Loop(abc.ABC):
         if self.model.binarize:
             x = torch.bernoulli(x, generator=generator)
         return x.to(self.device)
+
+
+def state_exists(path: Path) -> bool:
+    """Whether there is a state to resume from.
+
+    Raises:
+        EbmPriorError: If there is only one of an earlier version, which kept it as a pickle.
+    """
+    if os.path.exists(path):  # unlike Path.exists, false in a folder that may not be read
+        return True
+    if os.path.exists(old := path.with_suffix(".pt")):
+        raise EbmPriorError(
+            f"{old} is of an earlier version of ebm-prior, which alone can resume from it; "
+            "start anew with another --out"
+        )
+    return False
+
+
+def entries(tensors: Mapping[str, Tensor], of: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `of.`, without it."""
+    return {k.removeprefix(f"{of}."): v for k, v in tensors.items() if k.startswith(f"{of}.")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counts of an optimizer, by the number of their parameter."""
+    return {
+        f"{i}.{name}": value
+        for i, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Undo every step since `optimizer_tensors`; rates and the like stay as they are."""
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        i, name = key.split(".")
+        parameter = parameters[int(i)]
+        if name == "step":
+            value = value.clone()
+        else:  # on its device and in its layout in memory, as the optimizer made it
+            value = torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][name] = value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def save_torch_file(path: Path, data: Mapping[str, Any] | str) -> None:

@@ -8,12 +8,24 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from backbones.loop import STATE, Loop, LoopConfig, Progress, configure, save_torch_file
+from backbones.loop import (
+    STATE,
+    Loop,
+    LoopConfig,
+    Progress,
+    State,
+    configure,
+    entries,
+    load_optimizer,
+    optimizer_tensors,
+    save_torch_file,
+    state_exists,
+)
 from backbones.stages.checkpoint import FILES
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
@@ -69,8 +81,8 @@ def check_unused(out: Path, family: str, resume: bool) -> None:
     Raises:
         EbmPriorError: Saying how to go on.
     """
-    # Unlike Path.exists, false in a folder that may not be read, which `prepare` refuses.
-    if os.path.exists(out / STATE):
+    # false in a folder that may not be read, which `prepare` refuses
+    if state_exists(out / STATE):
         if not resume:
             raise EbmPriorError(
                 f"{out} already holds an interrupted run; continue it with --resume, or choose "
@@ -148,14 +160,19 @@ class Training(Loop):
 
     # -- files ----------------------------------------------------------------------------
 
-    def capture(self) -> dict[str, Any]:
+    def capture(self) -> State:
         """Weights and the optimizer's state."""
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {
+            "network": self.network.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+        return {f"{of}.{k}": v for of, part in parts.items() for k, v in part.items()}, {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Go back to them."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        tensors, _ = state
+        self.network.load_state_dict(entries(tensors, "network"))
+        load_optimizer(self.optimizer, entries(tensors, "optimizer"))
 
     def finish(self) -> Path:
         """Write the result, without the optimizer's state, and drop the state file."""

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from ebm_prior.heads import widths_of
 from ebm_prior.record import RESULTS, recorded
 from ebm_prior.saved import BACKBONE, is_number, is_text
 from ebm_prior.tables import Table, escaped
@@ -172,7 +173,7 @@ def _title(config: dict) -> str:
 
 {about}
 
-Heads: `{heads["kind"]}`, nef {heads["nef"]}, ndf {heads["ndf"]}. Sampler: {sampler["steps"]}
+Heads: `{heads["kind"]}`, {widths_of(heads)}. Sampler: {sampler["steps"]}
 `{sampler["transition"]}` steps of size {sampler["step_size"]:.4g}."""
 
 
@@ -408,6 +409,8 @@ def fit_command(config: dict) -> tuple[str, list[str]]:
     if sampler["transition"] == "langevin":  # pcnl tunes its step size while fitting
         args += ["--step-size", repr(sampler["step_size"])]
     unsettable = []
+    if layers := heads.get("layers"):
+        unsettable.append(_code(f"EnergyPrior.for_backbone(layers={layers})"))
     for field in fields(FitConfig):
         value = training["fit"].get(field.name, field.default)
         if value == field.default or type(value) not in (int, float, str):

@@ -102,6 +102,7 @@ def from_pretrained(
         heads["nef"],
         heads["ndf"],
         SamplerConfig(sampler["transition"], sampler["steps"], float(sampler["step_size"])),
+        heads.get("layers"),
     )
     prior.heads.load_state_dict(state)
     return prior

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ebm_prior import hub
 from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
-from ebm_prior.heads import EnergyHead
+from ebm_prior.heads import check_layers, make_heads
 from ebm_prior.langevin import Generators, StepInfo, check_settings, randn
 from ebm_prior.micro_batch import MicroBatched
 from ebm_prior.precision import check_precision, tower_precision
@@ -86,6 +86,8 @@ class EnergyPrior(nn.Module):
         nef: Channels of the heads' convolutions (Table 12).
         ndf: Units of the heads' linear layers (Table 12).
         sampler: Default transition, steps and step size.
+        layers: For every head, the top group's first, the units of each of its linear layers,
+            such as ((100, 100), (200, 200, 200, 200)) of Table 12, in place of `ndf`.
 
     Attributes:
         micro_batch: Chains whose gradient is taken at once, None for all: fewer need less
@@ -99,21 +101,25 @@ class EnergyPrior(nn.Module):
         nef: int = 64,
         ndf: int = 200,
         sampler: SamplerConfig | None = None,
+        layers: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         groups = [(group.name, group.shape) for group in backbone.groups]
         inputs = head_shapes(groups, backbone.feature_shape, heads)
         if nef < 1 or ndf < 1:
             raise EbmPriorError(f"nef and ndf must be at least 1, got {nef} and {ndf}")
+        if layers is not None:
+            check_layers(layers, [*inputs])
+            layers = tuple(map(tuple, layers))
         self.backbone = backbone.freeze()
-        self.kind, self.nef, self.ndf = heads, nef, ndf
+        self.kind, self.nef, self.ndf, self.layers = heads, nef, ndf, layers
         self.sampler = sampler or SamplerConfig()
         self.micro_batch: int | None = None
         self._precision = "fp32"
         self.reads_groups = heads in ("factorized", "both")
         self.reads_features = heads in ("joint", "both")
         self.head_names = tuple(inputs)
-        self.heads = nn.ModuleList(EnergyHead(shape, nef, ndf) for shape in inputs.values())
+        self.heads = make_heads(inputs.values(), nef, ndf, layers)
         self.heads.to(device=backbone.device, dtype=backbone.dtype)
 
     @classmethod
@@ -124,9 +130,10 @@ class EnergyPrior(nn.Module):
         nef: int = 64,
         ndf: int = 200,
         sampler: SamplerConfig | None = None,
+        layers: Sequence[Sequence[int]] | None = None,
     ) -> EnergyPrior:
         """New heads, barely tilting, for the groups and features of a backbone."""
-        return cls(backbone, heads, nef, ndf, sampler)
+        return cls(backbone, heads, nef, ndf, sampler, layers)
 
     def head_inputs(self, z: Sequence[Tensor], features: Tensor | None = None) -> Latents:
         """What the heads read: one tensor per head.
@@ -295,10 +302,10 @@ class EnergyPrior(nn.Module):
 
     def config(self) -> dict:
         """Head and sampler settings as plain values."""
-        return {
-            "heads": {"kind": self.kind, "nef": self.nef, "ndf": self.ndf},
-            "sampler": asdict(self.sampler),
-        }
+        heads: dict[str, Any] = {"kind": self.kind, "nef": self.nef, "ndf": self.ndf}
+        if self.layers is not None:
+            heads["layers"] = [list(widths) for widths in self.layers]
+        return {"heads": heads, "sampler": asdict(self.sampler)}
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> str | None:
         """Write `heads.safetensors`, `config.json` and, if there is none, a model card.
@@ -362,7 +369,8 @@ class EnergyPrior(nn.Module):
 
     def extra_repr(self) -> str:
         """Head kind and sampler, for `print(prior)`."""
-        return f"kind={self.kind}, nef={self.nef}, ndf={self.ndf}, {self.sampler!r}"
+        layers = "" if self.layers is None else f"layers={self.layers}, "
+        return f"kind={self.kind}, nef={self.nef}, ndf={self.ndf}, {layers}{self.sampler!r}"
 
 
 class frozen:  # noqa: N801

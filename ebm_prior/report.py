@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ebm_prior._version import __version__
 from ebm_prior.card import commands, evaluation_table, heading, picture_captions
+from ebm_prior.heads import widths_of
 from ebm_prior.record import RESULTS, Picture, read_png, recorded, recorded_pictures
 from ebm_prior.saved import is_number, read_config, shareable
 from ebm_prior.tables import Table
@@ -69,7 +70,7 @@ def report(folder: str | Path, prior: EnergyPrior | None = None) -> str:
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template("report.html").render(
         title=f"Energy heads for {backbone['name']} on {dataset}",
-        lead=f"{heads['kind']} heads, nef {heads['nef']}, ndf {heads['ndf']}; {sampler['steps']} "
+        lead=f"{heads['kind']} heads, {widths_of(heads)}; {sampler['steps']} "
         f"{sampler['transition']} steps of size {sampler['step_size']:.4g}. "
         f"Written by ebm-prior {__version__} from what is recorded in {folder.name}.",
         sections=[s for s in sections if s.texts or s.tables or s.pictures or s.commands],

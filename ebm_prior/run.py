@@ -92,20 +92,12 @@ class RunFolder:
 
     def save_state(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Replace the state to resume from: tensors, and plain values beside them."""
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        write_bytes(self.path / STATE, save(tensors, {"state": json.dumps(meta)}))
+        write_state(self.path / STATE, tensors, meta)
 
     def load_state(self) -> tuple[dict[str, Tensor], dict] | None:
         """The last saved state, or None before the first save."""
         path = self.path / STATE
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(file.metadata()["state"])
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise EbmPriorError(f"{path} is damaged: {error}; start the run anew") from error
+        return read_state(path) if path.exists() else None
 
     def drop_cache(self) -> None:
         """Delete the posterior samples, before anything says that the run is finished."""
@@ -157,6 +149,26 @@ class Onlooker(RunFolder):
 
     start = write_config = save_heads = save_state = drop_cache = _leave
     finish = rewind_log = log = _leave
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Replace a training's state: tensors, and what JSON has beside them."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_bytes(path, save(tensors, {"state": json.dumps(meta)}))
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What `write_state` wrote, on the CPU.
+
+    Raises:
+        EbmPriorError: If it is damaged or cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["state"])
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise EbmPriorError(f"{path} is damaged: {error}; start the run anew") from error
 
 
 def _scalars(record: dict, prefix: str = "") -> Iterable[tuple[str, float]]:

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebm_prior._version import __version__
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.heads import check_layers, make_heads
 
 if TYPE_CHECKING:
     from ebm_prior.prior import EnergyPrior
@@ -175,6 +176,11 @@ class _Fields:
             raise self.error("backbone.groups", "must have names that differ, and not 'joint'")
         if not _is_shape(self.value("backbone.feature_shape", list)):
             raise self.error("backbone.feature_shape", "must be (D,) or (C, H, W)")
+        if (layers := self.value("heads.layers", list, optional=True)) is not None:
+            try:
+                check_layers(layers, [*_head_shapes(self.config)])
+            except EbmPriorError as error:
+                raise self.error("heads.layers", f"is wrong: {error}") from error
         for name in ("dataset", "checkpoint", "path", "source", "license"):
             self.text(f"backbone.{name}", optional=True)
         self.text("license", optional=True)
@@ -233,21 +239,23 @@ def _is_shape(value: object) -> bool:
     )
 
 
+def _head_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Name and input shape of every head that a configuration describes."""
+    from ebm_prior.prior import head_shapes
+
+    backbone = config["backbone"]
+    return head_shapes(backbone["groups"], backbone["feature_shape"], config["heads"]["kind"])
+
+
 def expected_tensors(config: dict, where: object) -> dict[str, Tensor]:
     """The heads' tensors that a configuration describes, on the meta device: no memory.
 
     Raises:
         EbmPriorError: If they are far more than any heads have.
     """
-    from ebm_prior.heads import EnergyHead
-    from ebm_prior.prior import head_shapes
-
-    heads, backbone = config["heads"], config["backbone"]
-    shapes = head_shapes(backbone["groups"], backbone["feature_shape"], heads["kind"])
+    heads, shapes = config["heads"], _head_shapes(config).values()
     with torch.device("meta"):
-        module = nn.ModuleList(
-            EnergyHead(shape, heads["nef"], heads["ndf"]) for shape in shapes.values()
-        )
+        module = make_heads(shapes, heads["nef"], heads["ndf"], heads.get("layers"))
     tensors = dict(module.state_dict())
     count = sum(tensor.numel() for tensor in tensors.values())
     if count > MAX_PARAMETERS:

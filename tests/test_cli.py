@@ -10,8 +10,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+import ebm_prior
 from backbones.toy import ToyBackbone
+from ebm_prior import EnergyPrior
 from ebm_prior.cli import main
+from ebm_prior.fit import FitConfig, _Fit, fit
 
 QUICK = [
     "--objective",
@@ -319,6 +322,29 @@ def test_a_traceback_only_with_debug(monkeypatch):
 
 def test_no_arguments_show_the_help():
     assert "ebm-prior fit" in run()
+
+
+def test_a_fit_begun_from_python_with_listed_layers_is_resumed(tmp_path, monkeypatch):
+    backbone = ebm_prior.load_backbone("toy", "toy.json")
+    prior = EnergyPrior.for_backbone(backbone, nef=4, layers=((3,), (4, 5)))
+    config = FitConfig(objective="nce", nce_iterations=8, batch_size=16, save_every=4)
+    images = torch.from_numpy(np.load("x.npz")["x_train"])[:, None]
+    update = _Fit.update
+
+    def dying(self, *args):
+        if self.total == 6:
+            raise KeyboardInterrupt
+        return update(self, *args)
+
+    monkeypatch.setattr(_Fit, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(prior, images, config, run_dir=tmp_path / "run")
+    monkeypatch.setattr(_Fit, "update", update)
+    run("fit", "--resume", tmp_path / "run", "--data", "x.npz")
+    again = EnergyPrior.from_pretrained(tmp_path / "run", backbone=backbone)
+    assert again.layers == ((3,), (4, 5))
+    run("report", tmp_path / "run", "--no-samples")
+    assert "nef 4, linear layers 3, 4-5" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_damaged_run_is_not_resumed(world, tmp_path):

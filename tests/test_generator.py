@@ -36,6 +36,11 @@ def test_obeys_every_law(latents, side, channels):
     check_backbone(tiny(image_shape=(channels, side, side), latents=latents))
 
 
+@pytest.mark.parametrize("start, stride", [(8, 1), (8, 2), (4, 1), (0, 1)])
+def test_obeys_every_law_from_any_start(start, stride):
+    check_backbone(tiny(image_shape=(3, 16, 24), start=start, image_stride=stride))
+
+
 @pytest.mark.parametrize("shape", [(1, 5, 5), (3, 3, 4), (2, 12, 20), (1, 1, 1)])
 def test_odd_sizes_work(shape):
     check_backbone(tiny(image_shape=shape))
@@ -59,8 +64,32 @@ def test_is_the_network_of_table_12():
 
 
 def test_28_pixels_begin_at_7x7():
-    assert GeneratorConfig((1, 28, 28)).start == (7, 7, 2)
-    assert GeneratorConfig((3, 32, 32)).start == (4, 4, 3)
+    assert GeneratorConfig((1, 28, 28)).first_map == (7, 7, 2)
+    assert GeneratorConfig((3, 32, 32)).first_map == (4, 4, 3)
+    assert GeneratorConfig((3, 32, 48), start=8).first_map == (8, 12, 2)
+    with pytest.raises(EbmPriorError, match="28x28 pixels do not fit a generator with start=8: "):
+        GeneratorConfig((1, 28, 28), start=8)
+
+
+def layers_of(network):
+    """(inputs, outputs, kernel, stride, padding) of every convolution."""
+    return [
+        (m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], m.padding[0])
+        for m in network if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))
+    ]  # fmt: skip
+
+
+def test_is_the_network_of_the_public_code_for_cifar10():
+    """8x8x1024, doubled twice, then 3x3 convolutions at the size of the image."""
+    with torch.device("meta"):
+        network = Generator(GeneratorConfig((3, 32, 32), (100, 128), (200,) * 4, 256, start=8,
+                                            image_stride=1))  # fmt: skip
+    decoder = [
+        (128, 1024, 8, 1, 0), (1024, 512, 4, 2, 1), (512, 256, 4, 2, 1), (256, 3, 3, 1, 1),
+    ]  # fmt: skip
+    assert layers_of(network.p_x) == decoder
+    encoder = [(b, a, *rest) for a, b, *rest in reversed(decoder)]
+    assert layers_of(network.q_x) == [*encoder[:-1], (1024, 256, 8, 1, 0)]
 
 
 def test_log_prob_is_the_density_over_the_unit_interval():
@@ -127,6 +156,16 @@ def test_the_file_gives_the_same_generator_and_is_recognised(saved):
     assert to_safetensors("generator", saved) == saved.read_bytes()
 
 
+def test_files_name_the_first_map_only_where_it_was_chosen(saved, tmp_path):
+    """So that older files are read, and written as they were."""
+    assert load_torch_file(saved)["config"].keys() == {
+        "image_shape", "latents", "hidden", "ngf", "sigma", "dataset"}  # fmt: skip
+    chosen = tiny(image_shape=(3, 16, 16), start=8, image_stride=1)
+    path = tmp_path / "chosen.safetensors"
+    path.write_bytes(checkpoint_bytes(chosen))
+    assert load(path).config == chosen.config and load(path).config.start == 8
+
+
 def changed(saved, **changes):
     data = load_torch_file(saved)
     for name, change in changes.items():
@@ -149,6 +188,11 @@ def changed(saved, **changes):
         ({"image_shape": [1, 8]}, r"image_shape must be \(C, H, W\)"),
         ({"image_shape": [1, 45, 45]}, "45x45 pixels do not fit"),
         ({"dataset": "a\nb"}, "dataset must be a name"),
+        ({"start": 17}, r"start must lie in 0 ... 16, got 17"),
+        ({"start": 3}, "8x8 pixels do not fit a generator with start=3: halved 2 times .* 2x2"),
+        ({"start": True}, "start must lie in 0 ... 16, got True"),
+        ({"image_stride": 3}, "image_stride must be 1 or 2, got 3"),
+        ({"image_stride": 1}, "does not fit its sizes: weight p_x.4"),
         ({"ngf": 65536}, "layer sizes do not chain"),  # gigabytes, if they were made
     ],
 )

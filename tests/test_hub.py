@@ -645,6 +645,14 @@ HOSTILE = {
         lambda: {"config.json": changed_config(heads__nef=65536, heads__ndf=65536)},
         "parameters; at most",
     ),
+    "huge linear layers": (
+        lambda: {"config.json": changed_config(heads__layers=[[65536] * 16] * 3)},
+        "parameters; at most",
+    ),
+    "layers without end": (
+        lambda: {"config.json": changed_config(heads__layers=[[1] * 30_000] * 3)},
+        "field heads.layers is wrong",
+    ),
     "a control character": (
         lambda: {"config.json": changed_config(backbone__name="\x1b[2J")},
         "field backbone.name must be one printable line",
@@ -666,7 +674,7 @@ def test_hostile_repositories_are_refused(hub, world, tmp_path, kind):
     names = {p.name for p in new if "snapshots" in str(p) and not p.is_dir()}
     assert names <= {"config.json", "heads.safetensors"}
     assert not hub.asked("evil|modeling|__init__")
-    if "bytes, which" in message or kind == "huge heads":
+    if "bytes, which" in message or kind.startswith("huge "):
         assert not hub.asked("GET /cdn")  # refused before it was fetched
     if kind == "a huge configuration":
         assert not hub.asked("GET .*config.json")
@@ -723,6 +731,16 @@ def test_info_describes_heads_on_the_hub(hub, world):
     assert found["what"] == "heads" and found["source"] == REPO
     assert found["heads"]["parameters"] == sum(p.numel() for p in world.heads.parameters())
     assert "no repository" in run("info", "user/nothing", code=1)
+
+
+def test_listed_layers_travel(hub, world):
+    prior = EnergyPrior.for_backbone(world.backbone, nef=4, layers=((3, 2), (5, 4, 3)))
+    prior.save_pretrained("listed")
+    run("push", "listed", REPO, "--no-pictures")
+    again = EnergyPrior.from_pretrained(REPO, backbone=world.backbone)
+    assert again.layers == ((3, 2), (5, 4, 3))
+    assert "linear layers 3-2, 5-4-3" in run("info", REPO, "--ckpt", "toy.json")
+    assert json.loads(run("info", REPO, "--json"))["heads"]["layers"] == [[3, 2], [5, 4, 3]]
 
 
 def test_the_cache_is_not_written_to(hub, world, tmp_path):

@@ -13,6 +13,7 @@ from backbones.nvae.pretrain import PretrainConfig, elbo, pretrain
 from ebm_prior import EbmPriorError, load_backbone
 from ebm_prior.interrupt import Interrupted
 from ebm_prior.likelihoods import BinomialLikelihood
+from ebm_prior.run import read_state
 from ebm_prior.testing import check_backbone
 
 TINY = {
@@ -100,7 +101,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
 
     with pytest.raises(Interrupted, match=r"iteration 3 of 30.*--resume"):
         pretrain(blobs(), out=tmp_path, dataset="digits", progress=press, **TINY)
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
+    assert read_state(tmp_path / "state.safetensors")[1]["step"] == 3
     with pytest.raises(EbmPriorError, match="already holds an interrupted run"):
         pretrain(blobs(), out=tmp_path, dataset="digits", **TINY)
     with pytest.raises(EbmPriorError, match="other settings \\(batch_size, lr\\)"):
@@ -111,6 +112,13 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
     with pytest.raises(EbmPriorError, match="other settings \\(sum\\)"):
         pretrain(blobs() // 2, out=tmp_path, dataset="digits", resume=True, **TINY)
     pretrain(blobs(), out=tmp_path, dataset="digits", resume=True, **TINY)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_state_of_an_earlier_version_is_named(tmp_path, resume):
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(EbmPriorError, match=r"state.pt is of an earlier version .* another --out"):
+        pretrain(blobs(), out=tmp_path, dataset="digits", resume=resume, **TINY)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -168,6 +168,27 @@ def test_saved_heads_come_back_exactly(toy, tmp_path):
     assert again.sampler == prior.sampler
 
 
+def test_heads_with_listed_layers_come_back_exactly(toy, tmp_path):
+    layers = ((3, 2), (5,), (4, 4, 4))
+    prior = EnergyPrior.for_backbone(toy, heads="both", nef=4, layers=layers)
+    prior.save_pretrained(tmp_path / "listed")
+    stored = json.loads((tmp_path / "listed/config.json").read_text())["heads"]
+    assert stored == {"kind": "both", "nef": 4, "ndf": 200, "layers": [list(r) for r in layers]}
+    assert "linear layers 3-2, 5, 4-4-4" in (tmp_path / "listed/README.md").read_text()
+    again = EnergyPrior.from_pretrained(tmp_path / "listed", backbone=toy)
+    z = toy.transform(prior.noise(3))
+    assert torch.equal(prior.energies(z), again.energies(z)) and again.layers == layers
+    assert again.config() == prior.config() and "layers=((3, 2)" in repr(again)
+    # without them nothing is stored about them, as before there were any
+    assert prior.for_backbone(toy).config()["heads"] == {
+        "kind": "factorized", "nef": 64, "ndf": 200}  # fmt: skip
+
+
+def test_listed_layers_must_fit_the_heads(toy):
+    with pytest.raises(EbmPriorError, match="for each of 1 heads .'joint'.*got"):
+        EnergyPrior.for_backbone(toy, heads="joint", layers=((3, 2), (5,)))
+
+
 def test_another_backbone_is_refused(toy, tmp_path):
     EnergyPrior.for_backbone(toy).save_pretrained(tmp_path)
     with pytest.raises(EbmPriorError, match="features are 2 3 [0-9]+, this backbone's are 2 4 "):
@@ -188,6 +209,11 @@ def test_another_backbone_is_refused(toy, tmp_path):
         (lambda c: c["heads"].update(ndf=10**9), "heads.ndf must lie in"),
         (lambda c: c["heads"].update(ndf=0), "heads.ndf must lie in"),
         (lambda c: c["heads"].update(ndf=6_000), "do not belong"),
+        (lambda c: c["heads"].update(layers=5), "heads.layers is missing or of a wrong type"),
+        (lambda c: c["heads"].update(layers=[[6], [6]]), "layers is wrong: .* of 1 heads"),
+        (lambda c: c["heads"].update(layers=[[6, -1]]), "layers is wrong: .* whole numbers"),
+        (lambda c: c["heads"].update(layers=[[6, 6, 6]]), "does not fit|do not belong"),
+        (lambda c: c["heads"].update(layers=[[65536] * 16]), "describe 64425951233 parameters"),
         (lambda c: c["heads"].update(ndf=60_000), "describe 3600480001 parameters"),
         (lambda c: c["sampler"].update(steps=-1), "sampler.steps must lie in"),
         (lambda c: c["sampler"].update(step_size=math.nan), "step_size must be positive"),

@@ -125,7 +125,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, module):
     run = {"out": tmp_path, "dataset": "digits"} | TINY
     with pytest.raises(Interrupted, match=r"iteration 3 of 30.*--resume"):
         module.pretrain(blobs(), progress=press, **run)
-    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
     with pytest.raises(EbmPriorError, match="already holds an interrupted run; .*--resume"):
         module.pretrain(blobs(), **run)
     with pytest.raises(EbmPriorError, match="other settings \\(.*backbone.*\\)"):
@@ -151,7 +151,7 @@ def test_a_folder_with_a_model_is_refused_before_any_work(tmp_path, monkeypatch,
         (tmp_path / name).touch()
     with pytest.raises(EbmPriorError, match="is finished; choose another --out"):
         module.pretrain(blobs(), **run)
-    (tmp_path / "state.pt").touch()  # killed while it wrote the result
+    (tmp_path / "state.safetensors").touch()  # killed while it wrote the result
     if not resume:
         with pytest.raises(EbmPriorError, match="interrupted run; continue it with --resume"):
             module.pretrain(blobs(), **run)

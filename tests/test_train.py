@@ -1,25 +1,32 @@
 """Joint training: what is updated, what is kept, resuming, divergence, the verb."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import ebm_prior
-from backbones.generator.config import PRESETS
+from backbones.generator import Generator
+from backbones.generator.config import PRESETS, TrainConfig
 from backbones.generator.train import _Joint, train
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig
 from ebm_prior.fit import DivergenceError
 from ebm_prior.interrupt import Interrupted
 from ebm_prior.joint import posterior_log_density
-from ebm_prior.run import newest_run
+from ebm_prior.run import newest_run, read_state
 from ebm_prior.saved import read_config
 from tests.test_cli import run
+from tests.test_heads import linear_sizes
 from tests.test_hub import REPO
 
 TINY = dict(
@@ -73,7 +80,7 @@ def test_everything_learns_and_the_folder_is_what_was_trained(tmp_path, method):
     z = prior.backbone.posterior(x, generator=torch.Generator().manual_seed(0)).z
     other = prior.backbone.decode([t.roll(1, 0) for t in z])  # the other kind's latents
     assert prior.backbone.decode(z).log_prob(x).mean() > other.log_prob(x).mean() + 50
-    fresh = _Joint(blobs(), tmp_path / "x", "blobs", loop_config(method), torch.device("cpu"), {})
+    fresh = joint(TrainConfig(**TINY | {"method": method}), blobs())
     for module in ("p_x", "p_z", "q_x", "q_z"):
         before, after = (getattr(b, module).state_dict() for b in (fresh.model, prior.backbone))
         assert not any(torch.equal(before[k], after[k]) for k in before), module
@@ -86,10 +93,8 @@ def test_everything_learns_and_the_folder_is_what_was_trained(tmp_path, method):
     assert ("eps_norm_posterior" in log) == (method == "mle")
 
 
-def loop_config(method="mle", **changes):
-    from backbones.generator.config import TrainConfig
-
-    return TrainConfig(**TINY | {"method": method} | changes)
+def joint(config, images):
+    return _Joint(images, Path("nowhere"), "blobs", config, torch.device("cpu"), {})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -234,8 +239,57 @@ def test_presets_fill_what_is_not_given(tmp_path):
     assert config["backbone"]["groups"] == [["z2", [2]], ["z1", [2]]]
     assert config["training"]["train"]["method"] == "variational"
     assert config["sampler"]["steps"] == 3
-    for preset in PRESETS.values():
-        loop_config(**preset | {"method": preset["method"]})
+
+
+def test_presets_are_the_networks_of_the_tables():
+    """Table 12's, and for CIFAR-10 that of the public code, here with their heads."""
+    heads = {}
+    for name, preset in PRESETS.items():
+        config = TrainConfig(**preset)
+        side = 28 if name == "figure2" else 32 if "cifar" in name else 64
+        with torch.device("meta"):
+            model = Generator(config.generator((3, side, side)))
+            prior = EnergyPrior.for_backbone(model, layers=config.head_layers or None)
+        heads[name] = [linear_sizes(head) for head in prior.heads]
+        first = model.p_x[0]
+        assert (first.out_channels, first.kernel_size[0]) == {
+            "figure2": (128, 7), "table1-cifar10": (1024, 8)}.get(name, (1024, 4))  # fmt: skip
+    table_12 = [
+        [(100, 100), (100, 100), (100, 1)],
+        [(100, 200), (200, 200), (200, 200), (200, 200), (200, 1)],
+    ]
+    assert heads["table1"] == heads["table5"] == heads["table7"] == table_12
+    cifar = [(128, 200), (200, 200), (200, 200), (200, 1)]
+    assert heads["table1-cifar10"] == [table_12[0], cifar]
+    assert TrainConfig(**PRESETS["table5"]).prior == "gaussian"
+
+
+@pytest.mark.parametrize("times, ngf", [(1, 128), (2, 190), (4, 277), (8, 401)])
+def test_table_5_multiplies_the_parameters_of_the_generator(times, ngf):
+    def count(ngf):
+        config = TrainConfig(**PRESETS["table5"] | {"ngf": ngf})
+        with torch.device("meta"):
+            model = Generator(config.generator((3, 32, 32)))
+        return sum(p.numel() for net in (model.p_x, model.p_z) for p in net.parameters())
+
+    assert count(ngf) / count(128) == pytest.approx(times, rel=0.003)
+    assert f"{ngf}" in run("train", "--help") or times == 1
+
+
+def test_heads_learn_with_the_layers_they_were_given(tmp_path):
+    go(tmp_path / "run", ndf=200, head_layers=[[3], [4, 5]], iterations=3)
+    config, prior = opened(tmp_path / "run")
+    assert config["heads"]["layers"] == [[3], [4, 5]] == config["training"]["train"]["head_layers"]
+    assert prior.layers == ((3,), (4, 5))
+    assert [linear_sizes(h) for h in prior.heads] == [[(2, 3), (3, 1)], [(3, 4), (4, 5), (5, 1)]]
+    assert "linear layers 3, 4-5" in run("info", tmp_path / "run")
+
+
+def test_the_first_map_is_kept_with_the_generator(tmp_path):
+    go(tmp_path / "run", start=8, image_stride=1, iterations=2)
+    backbone = opened(tmp_path / "run")[1].backbone
+    assert (backbone.config.start, backbone.config.image_stride) == (8, 1)
+    assert backbone.p_x[0].kernel_size == (8, 8) and backbone.q_x[0].stride == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +299,22 @@ def test_presets_fill_what_is_not_given(tmp_path):
         (dict(latents=(2, 0)), "latents must not be"),
         (dict(latents=()), "latents must list 1 to"),
         (dict(latents=4), "latents must not be 4"),
+        (dict(latents=[[4]]), "latents must not be [[4]]"),
+        (dict(ndf=200, head_layers=5), "head_layers must not be 5"),
+        (
+            dict(ndf=200, head_layers=[[4]]),
+            "head_layers: the heads' linear layers must be one list "
+            "of widths for each of 2 heads ('z2', 'z1')",
+        ),
+        (
+            dict(ndf=200, head_layers=[[4], [0]]),
+            "whole numbers up to 65536; got ([4], [0])",
+        ),
+        (dict(ndf=200, head_layers=[[4], [4]], heads="both"), "3 heads ('z2', 'z1', 'joint')"),
+        (dict(head_layers=[[4], [4]]), "ndf has no effect beside head_layers"),
+        (dict(ndf=200, preset="table1", latents=[4]), "for each of 1 heads ('z1')"),
+        (dict(start=3), "images of 8x8 pixels do not fit a generator with start=3"),
+        (dict(image_stride=3), "image_stride must be 1 or 2, got 3"),
         (dict(method="em"), "method must be one of mle, variational"),
         (dict(prior="none"), "prior must be one of ebm, gaussian"),
         (dict(heads="all"), "heads must be one of"),
@@ -283,6 +353,85 @@ def test_folders_that_hold_a_run_are_refused(tmp_path):
         go(tmp_path / "other", progress=press)
     with pytest.raises(EbmPriorError, match=r"other settings \(ngf\)"):
         go(tmp_path / "other", resume=True, ngf=3)
+
+
+def test_the_state_is_tensors_and_json(tmp_path):
+    """And what an earlier version pickled is named, rather than begun again."""
+
+    def press(step, *_):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run", progress=press)
+    state = tmp_path / "run/state/state.safetensors"
+    assert [*state.parent.iterdir()] == [state]
+    tensors, values = read_state(state)
+    assert (values["step"], values["good"]["step"]) == (5, 3)
+    moments = {k for k in tensors if k.startswith("optimizer.")}
+    assert len(moments) == 3 * (len([k for k in tensors if k.startswith(("model.", "heads."))]))
+    state.write_bytes(state.read_bytes()[:-9])
+    with pytest.raises(EbmPriorError, match="state.safetensors is damaged: .*; start the run an"):
+        go(tmp_path / "run", resume=True)
+    state.rename(state.with_suffix(".pt"))
+    with pytest.raises(EbmPriorError, match=r"state.pt is of an earlier version .* another --out"):
+        go(tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_costs_nothing_but_the_wait(tmp_path, monkeypatch):
+    go(tmp_path / "whole")
+
+    def fill(step, *_):
+        if step == 5:
+            monkeypatch.setattr(os, "fsync", no_space)
+
+    def no_space(_):
+        raise OSError(errno.ENOSPC, "No space")
+
+    with pytest.raises(EbmPriorError, match="disk full while writing .*state.safetensors"):
+        go(tmp_path / "run", progress=fill)
+    monkeypatch.undo()
+    go(tmp_path / "run", resume=True)
+    for name in FILES:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # a dozen processes, each of which imports torch
+@pytest.mark.parametrize("method", METHODS)
+def test_kill_at_random_moments_and_resume(tmp_path, method):
+    """kill -9, at any moment, then --resume: the same bytes as an uninterrupted run."""
+    x = blobs(60).squeeze(1).numpy()
+    np.savez(tmp_path / "x.npz", x_train=x, x_test=x[:9])
+    settings = TINY | {
+        "iterations": 300, "save_every": 5, "sample_every": 20, "heads_lr": 1e-3,
+        "generator_lr": 1e-3,
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "ebm_prior", "train", "--data", str(tmp_path / "x.npz"),
+        "--method", method, *(f"--set={k}={json.dumps(v)}" for k, v in settings.items()),
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    length = time.monotonic() - began
+    killed = 0
+    for i, part in enumerate(torch.rand(5, generator=torch.Generator().manual_seed(0)).tolist()):
+        folder = tmp_path / f"run{i}"
+        process = subprocess.Popen(
+            [*command, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(part * length)
+        process.kill()
+        process.wait()
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        if resume and read_config(folder)["training"]["status"] == "finished":
+            continue
+        killed += bool(resume)
+        subprocess.run([*command, *resume, "--out", str(folder)], check=True, capture_output=True)
+        for name in FILES:
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), part * length
+    assert killed
 
 
 def test_a_run_killed_before_its_first_save_begins_again(tmp_path):

@@ -7,7 +7,6 @@ sizes as JSON beside the weights. Nothing in it can run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -149,7 +148,7 @@ class Generator(Backbone):
 def checkpoint_bytes(backbone: Generator) -> bytes:
     """A generator as one safetensors file; `load` reads it."""
     state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
-    config = asdict(backbone.config)
+    config = backbone.config.to_dict()
     return encode({"family": FAMILY, "config": config, "state_dict": state}, "the generator")
 
 

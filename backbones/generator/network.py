@@ -10,7 +10,7 @@ All latents are vectors; with one layer it is the generator of the single-layer 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
 
 MIN_SIZE = 4  # Table 12 begins at 4x4 pixels
 MAX_START = 16  # pixels; one kernel of this size makes the first feature map from a vector
+HALF, SAME = (4, 2, 1), (3, 1, 1)  # kernel, stride and padding that halve a side, or keep it
 MAX_WIDTH = 1 << 16
 MAX_LAYERS = 64
 PRIOR_BOUND = 1.0  # of |log sigma| of p(z_i|z_{i+1})
@@ -46,6 +47,11 @@ class GeneratorConfig:
         ngf: Channels of the largest feature map; each of half its size has twice as many.
         sigma: Standard deviation of p(x|z_1), on pixels scaled to [-1, 1].
         dataset: Name of the data it was trained on, or None.
+        start: Shorter side of the first feature map, in pixels; 0: what is left when the image
+            is halved while its sides are even and above 4. That is Table 12's 4 for 64 pixels
+            and the single-layer model's for SVHN; CIFAR-10's 32 pixels begin at 8.
+        image_stride: Stride of the layer that makes the image: 2 with a 4x4 kernel, as in
+            Table 12, or 1 with a 3x3 kernel after one feature map more, as for CIFAR-10.
     """
 
     image_shape: tuple[int, int, int]
@@ -54,6 +60,8 @@ class GeneratorConfig:
     ngf: int = 64
     sigma: float = 0.3
     dataset: str | None = None
+    start: int = 0
+    image_stride: int = 2
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "latents", "hidden"):
@@ -79,10 +87,24 @@ class GeneratorConfig:
             raise EbmPriorError(f"generator: sigma must be positive, got {shown(self.sigma)}")
         if self.dataset is not None and not is_text(self.dataset):
             raise EbmPriorError("generator: dataset must be a name")
-        if max(self.start[:2]) > MAX_START:
-            height, width, halvings = self.start
+        if type(self.start) is not int or not 0 <= self.start <= MAX_START:
             raise EbmPriorError(
-                f"images of {self.image_shape[1]}x{self.image_shape[2]} pixels do not fit a "
+                f"generator: start must lie in 0 ... {MAX_START}, got {shown(self.start)}"
+            )
+        if type(self.image_stride) is not int or self.image_stride not in (1, 2):
+            raise EbmPriorError(
+                f"generator: image_stride must be 1 or 2, got {shown(self.image_stride)}"
+            )
+        height, width, halvings = self.first_map
+        pixels = f"images of {self.image_shape[1]}x{self.image_shape[2]} pixels"
+        if self.start and min(height, width) != self.start:
+            raise EbmPriorError(
+                f"{pixels} do not fit a generator with start={self.start}: halved {halvings} "
+                f"times they are {height}x{width}; leave start out, or resize them"
+            )
+        if max(height, width) > MAX_START:
+            raise EbmPriorError(
+                f"{pixels} do not fit a "
                 f"generator: halved {halvings} times they are {height}x{width} and odd, and at "
                 f"most {MAX_START}x{MAX_START} is made from a vector; resize them, to 28, 32 or "
                 "64 for example"
@@ -90,7 +112,7 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
-        """Rebuild from `asdict`.
+        """Rebuild from `to_dict`.
 
         Raises:
             EbmPriorError: If a key is unknown or a value out of range; it is named.
@@ -103,18 +125,26 @@ class GeneratorConfig:
             raise EbmPriorError("generator: image_shape is missing")
         return cls(**values)
 
-    @property
-    def start(self) -> tuple[int, int, int]:
-        """Height and width of the first feature map, and how often it is then doubled.
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, without later settings at their default, as in old files."""
+        later = {"start", "image_stride"}
+        default = {field.name: field.default for field in fields(self) if field.name in later}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != default[k]}
 
-        Sides are halved while they are even and above 4: 64 and 32 pixels begin at 4x4, as
-        Table 12 does and the single-layer model's code for 32 pixels; 28 at 7x7.
-        """
+    @property
+    def first_map(self) -> tuple[int, int, int]:
+        """Height and width of the first feature map, and how often it is then doubled."""
         _, height, width = self.image_shape
-        halvings = 0
-        while height % 2 == 0 and width % 2 == 0 and min(height, width) > MIN_SIZE:
+        least, halvings = self.start or MIN_SIZE, 0
+        while height % 2 == 0 and width % 2 == 0 and min(height, width) > least:
             height, width, halvings = height // 2, width // 2, halvings + 1
         return height, width, halvings
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of the feature maps, the largest first; of half its size, twice as many."""
+        maps = self.first_map[2] + (self.image_stride == 1)
+        return [self.ngf << i for i in range(maps)]
 
 
 def _is_width(value: object) -> bool:
@@ -150,24 +180,21 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
 
 def image_decoder(config: GeneratorConfig) -> nn.Sequential:
     """Transposed convolutions from z_1 (B, D, 1, 1) to an image (B, C, H, W) before its tanh."""
-    height, width, doublings = config.start
     inputs, layers = config.latents[-1], []
-    for i in reversed(range(doublings)):
-        channels = config.ngf << i
-        first = i == doublings - 1
-        kernel = ((height, width), 1, 0) if first else (4, 2, 1)
+    kernel = (config.first_map[:2], 1, 0)
+    for channels in reversed(config.channels):
         layers += [nn.ConvTranspose2d(inputs, channels, *kernel), nn.LeakyReLU(0.2)]
-        inputs = channels
-    kernel = (4, 2, 1) if doublings else ((height, width), 1, 0)
+        inputs, kernel = channels, HALF
+    if config.image_stride == 1:
+        kernel = SAME
     return nn.Sequential(*layers, nn.ConvTranspose2d(inputs, config.image_shape[0], *kernel))
 
 
 def image_encoder(config: GeneratorConfig) -> nn.Sequential:
     """Convolutions from an image to mu and log sigma of z_1, (B, 2 D, 1, 1)."""
-    height, width, halvings = config.start
     inputs, layers = config.image_shape[0], []
-    for i in range(halvings):
-        channels = config.ngf << i
-        layers += [nn.Conv2d(inputs, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
-        inputs = channels
-    return nn.Sequential(*layers, nn.Conv2d(inputs, 2 * config.latents[-1], (height, width)))
+    kernel = SAME if config.image_stride == 1 else HALF
+    for channels in config.channels:
+        layers += [nn.Conv2d(inputs, channels, *kernel), nn.LeakyReLU(0.2)]
+        inputs, kernel = channels, HALF
+    return nn.Sequential(*layers, nn.Conv2d(inputs, 2 * config.latents[-1], config.first_map[:2]))

@@ -16,7 +16,6 @@ Negative samples are Langevin chains of the tilted prior from fresh noise, in ep
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import sys
@@ -29,9 +28,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.generator import Generator, GeneratorConfig, checkpoint_bytes
+from backbones.generator import Generator, checkpoint_bytes
 from backbones.generator.config import PRESETS, TrainConfig
-from backbones.loop import Loop, Progress, configure
+from backbones.loop import (
+    Loop,
+    Progress,
+    State,
+    configure,
+    entries,
+    load_optimizer,
+    optimizer_tensors,
+    state_exists,
+)
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import write_bytes
@@ -41,7 +49,7 @@ from ebm_prior.joint import JointTerms, joint_loss, posterior_chains
 from ebm_prior.langevin import flatten
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.registry import check_device
-from ebm_prior.run import RunFolder, environment
+from ebm_prior.run import STATE, RunFolder, environment
 from ebm_prior.saved import BACKBONE, CONFIG, heads_bytes, prior_config, read_config
 
 __all__ = ["PRESETS", "TrainConfig", "TrainResult", "train"]
@@ -119,7 +127,7 @@ def train(
     if not resume:
         loop.run_folder.start(loop.describe("running"))
     # a run killed before its first save begins again
-    loop.prepare(resume and (out / loop.state_name).exists())
+    loop.prepare(resume and state_exists(out / STATE))
     loop.run_folder.rewind_log(loop.step)
     if not loop.step:
         loop.write("running")
@@ -131,7 +139,7 @@ class _Joint(Loop):
     """State of one run; `here` and `go_to` hold all of it that changes."""
 
     family = "generator"
-    state_name = "state/state.pt"
+    state_name = STATE
     shown = "loss"
     config: TrainConfig
     model: Generator
@@ -140,23 +148,18 @@ class _Joint(Loop):
         self, images: Tensor, out: Path, dataset: str, config: TrainConfig,
         device: torch.device, record: dict,
     ) -> None:  # fmt: skip
-        sizes = GeneratorConfig(
-            tuple(images.shape[1:]),
-            config.latents,
-            config.hidden,
-            config.ngf,
-            config.sigma,
-            dataset,
-        )
         self.scale, self.rollbacks = 1.0, 0
         self.tilted = config.prior == "ebm"
         with torch.random.fork_rng(devices=[]):  # leave the caller's generator alone
             torch.manual_seed(config.seed)
-            model = Generator(sizes).to(device)
+            model = Generator(config.generator(tuple(images.shape[1:]), dataset)).to(device)
             super().__init__(images, out, dataset, config, model)
             # what learns, and the same generator with the averaged heads, which is kept
             self.prior, self.kept = (
-                EnergyPrior.for_backbone(model, config.heads, ndf=config.ndf) for _ in range(2)
+                EnergyPrior.for_backbone(
+                    model, config.heads, ndf=config.ndf, layers=config.head_layers or None
+                )
+                for _ in range(2)
             )
         model.name, model.checkpoint = self.family, str(out / BACKBONE)
         model.requires_grad_(True)
@@ -297,32 +300,44 @@ class _Joint(Loop):
 
     # -- state ----------------------------------------------------------------------------
 
-    def here(self) -> dict[str, Any]:
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """What has weights that change, by its name in the state."""
+        return {"model": self.model, "heads": self.prior.heads, "average": self.kept.heads}
+
+    def here(self) -> State:
         """Copies of everything that changes."""
-        modules = {"model": self.model, "heads": self.prior.heads, "average": self.kept.heads}
-        state = {name: module.state_dict() for name, module in modules.items()}
-        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step}
-        return copy.deepcopy(state) | {"scale": self.scale, "rollbacks": self.rollbacks}
+        parts = {name: module.state_dict() for name, module in self.modules.items()}
+        parts["optimizer"] = optimizer_tensors(self.optimizer)
+        tensors = {
+            f"{of}.{k}": v.detach().clone() for of, part in parts.items() for k, v in part.items()
+        }
+        return tensors, {name: getattr(self, name) for name in ("step", "scale", "rollbacks")}
 
-    def go_to(self, state: dict[str, Any]) -> None:
+    def go_to(self, state: State) -> None:
         """Undo everything since `here`."""
-        self.model.load_state_dict(state["model"])
-        self.prior.heads.load_state_dict(state["heads"])
-        self.kept.heads.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.step, self.scale, self.rollbacks = (
-            state[name] for name in ("step", "scale", "rollbacks")
-        )
+        tensors, values = state
+        for name, module in self.modules.items():
+            module.load_state_dict(entries(tensors, name))
+        load_optimizer(self.optimizer, entries(tensors, "optimizer"))
+        for name, value in values.items():
+            setattr(self, name, value)
 
-    def capture(self) -> dict[str, Any]:
-        """The state, and the one to roll back to: in an interrupted run another one."""
-        now = self.good if self.good["step"] == self.step else self.here()
-        return {**now, "good": self.good}
+    def capture(self) -> State:
+        """The state, and in an interrupted run beside it the one to roll back to."""
+        good, good_values = self.good
+        if good_values["step"] == self.step:
+            return self.good
+        tensors, values = self.here()
+        return tensors | {f"good.{k}": v for k, v in good.items()}, values | {"good": good_values}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Go on where `capture` was called."""
-        self.good = copy.deepcopy(state["good"])
-        self.go_to(state)
+        tensors, values = state
+        good_values = values.pop("good", None)
+        now = {k: v for k, v in tensors.items() if not k.startswith("good.")}, values
+        self.good = now if good_values is None else (entries(tensors, "good"), good_values)
+        self.go_to(now)
 
     def save(self, interrupted: bool = False) -> None:
         """Write the state, and the generator and heads one would sample with now."""
@@ -362,8 +377,8 @@ class _Joint(Loop):
         """Write the result and drop the state."""
         self.model.freeze()
         result = TrainResult(self.step, seconds, self.rollbacks, self.sampler.step_size)
-        self.write("finished", result)
         self.sample_grid(self.step)
+        self.write("finished", result)  # last: a run killed before it can be resumed
         self.run_folder.finish()
         return result
 

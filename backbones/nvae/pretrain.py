@@ -134,7 +134,7 @@ def pretrain(
 
     Args:
         images: Training images, uint8, (N, C, H, W) with C = 1 or 3, square.
-        out: Folder to create: the checkpoint, and `state.pt` to resume from.
+        out: Folder to create: the checkpoint, and `state.safetensors` to resume from.
         dataset: Name stored in the checkpoint; see above for what it decides.
         resume: Continue an interrupted run of the same settings, on the CPU to the
             bit-identical result.

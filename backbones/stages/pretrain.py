@@ -245,7 +245,7 @@ def train(
     Args:
         kind: The family's training.
         images: Training images, uint8, (N, C, H, W) with C = 1 or 3.
-        out: Folder to create: the family's files, and `state.pt` to resume from.
+        out: Folder to create: the family's files, and `state.safetensors` to resume from.
         dataset: Name stored in the folder.
         resume: Continue an interrupted run of the same settings, on the CPU to the
             bit-identical result.

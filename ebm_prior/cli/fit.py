@@ -203,9 +203,10 @@ def fit(
             data = DataChoice(training["data"]["source"], training["data"]["resize"])
             limit = training["data"]["limit"]
         kind, nef, ndf = (stored["heads"][k] for k in ("kind", "nef", "ndf"))
+        layers = stored["heads"].get("layers")  # from Python: there is no option
         sampler = SamplerConfig(**stored["sampler"])
     else:
-        config = FitConfig(**settings)
+        config, layers = FitConfig(**settings), None
         if ckpt is None:
             raise click.UsageError("Missing option '--ckpt'.")
         backbone = backbone or detect_backbone(ckpt)
@@ -220,7 +221,7 @@ def fit(
         folder = Ranks(loaded.device).agree(folder)  # their clocks may differ
     with torch.random.fork_rng(devices=[]):  # heads are made on the CPU
         torch.manual_seed(config.seed)
-        prior = EnergyPrior.for_backbone(loaded, kind, nef, ndf, sampler)
+        prior = EnergyPrior.for_backbone(loaded, kind, nef, ndf, sampler, layers)
     parameters = sum(p.numel() for p in prior.heads.parameters())
     share = parameters / max(sum(p.numel() for p in loaded.parameters()), 1)
     click.echo(

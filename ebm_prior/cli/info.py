@@ -59,9 +59,11 @@ def backbone_lines(found: dict) -> Iterator[tuple[str, str]]:
 
 def heads_lines(found: dict) -> Iterator[tuple[str, str]]:
     """Labels and texts of heads, then of their backbone."""
+    from ebm_prior.heads import widths_of
+
     heads, sampler = found["heads"], found["sampler"]
     share = "" if found["share"] is None else f" ({found['share']:.1%} of the backbone's)"
-    yield "heads", f"{heads['kind']}, nef {heads['nef']}, ndf {heads['ndf']}"
+    yield "heads", f"{heads['kind']}, {widths_of(heads)}"
     yield "head parameters", f"{heads['parameters']:,}{share}"
     yield (
         "sampler",

@@ -33,7 +33,8 @@ from ebm_prior.cli.pretrain import parse_setting
 @click.option(
     "--preset",
     metavar="NAME",
-    help="The paper's settings for what is not given: table1, table7, figure2.",
+    help="The paper's settings for what is not given: table1, table1-cifar10, table5, table7, "
+    "figure2; see above.",
 )
 @click.option(
     "--set",
@@ -41,7 +42,7 @@ from ebm_prior.cli.pretrain import parse_setting
     multiple=True,
     metavar="NAME=VALUE",
     help="A setting of the trainer, such as latents=[100,100] (top layer first), ngf=128, "
-    "iterations=20000; repeatable.",
+    "head_layers=[[100,100],[200,200,200,200]] (of each head), iterations=20000; repeatable.",
 )
 @click.option("--out", metavar="DIR", help="Run folder [default: runs/<family>-<data>-<time>].")
 @click.option("--resume", is_flag=True, help="Continue an interrupted training in --out.")
@@ -69,7 +70,17 @@ def train(
     \b
     ebm-prior train --data mnist --method variational --out runs/joint
     ebm-prior train --data mnist:0,1 --preset figure2
-    ebm-prior train --data cifar10 --set latents=[100] --set ngf=128   # single-layer EBM
+    ebm-prior train --data cifar10 --preset table1-cifar10 --set prior_steps=80
+
+    \b
+    The paper's tables:
+    Table 1      --preset table1 (CelebA-64, SVHN) or table1-cifar10
+    Table 5      --preset table5 (SVHN), with --set ngf=190, 277 or 401 for 2, 4 or
+                 8 times the generator's parameters
+    Table 6      --preset table1-cifar10 --set head_layers=[[10,10],[10,10,10]], ...
+    Table 7      the presets of Table 1 with --method variational
+    Table 8      --preset table1-cifar10 --set prior_steps=10, ...
+    One layer    --preset table1 --set latents=[100] --set head_layers=[[200,200]]
 
     Without a pretrained backbone: Sec. 3.2 and 3.3 of the paper, with the generator and
     inference network of Table 12. The run folder holds them and the heads, for every other verb.
