@@ -2,7 +2,7 @@
 # Figure 5: images along the Langevin chains of the prior, from the Gaussian prior's on the left.
 #
 # Data: none.
-# Cost: not measured.
+# Cost: 7 seconds of processor time.
 # Needs: heads on an NVAE of CIFAR-10: CKPT=nvae_cifar.pt table2.sh, then
 #   HEADS=runs/paper/table2/joint figure5.sh
 # Instead: the shipped NVAE of MNIST and its heads.

@@ -19,3 +19,4 @@ if [ -z "${CKPT:-}" ]; then
 fi
 ebm-prior info "$CKPT"
 stage_two "$CKPT"
+for kind in ${KINDS:-factorized joint}; do ebm-prior info "$OUT/$kind"; done
