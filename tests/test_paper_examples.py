@@ -183,6 +183,23 @@ def test_a_method_that_fails_costs_only_its_own_row(compare, tmp_path, monkeypat
     assert rows["MCMC"] is None and rows["inference"]["frechet"] > 0
 
 
+def test_baselines_are_rows_below_their_method(compare):
+    row = dict(
+        frechet=3,
+        others={"reconstruction": 1, "gaussian": 5, "full_covariance": 4},
+        seconds_per_iteration=0.5,
+        iterations=7,
+        generator_parameters=8,
+        head_parameters=9,
+    )
+    shown = compare.text("1", {"NCE": row, "MCMC": None}, "note").splitlines()
+    assert [line.split() for line in shown[2:5]] == [
+        ["NCE", "3.00", "1.00", "0.5", "7", "8", "9"],
+        ["full", "covariance", "4.00", *"-----"],
+        ["MCMC", "failed", *"-----"],
+    ]
+
+
 def test_processes_of_their_own(compare, tmp_path):
     common = compare.Comparison("digits", [1, 8, 8], {}, 1.0, 0, "cpu", 1, [])
     common.call("evaluate", "stats", "--data", "digits", "--out", tmp_path / "x.npz")

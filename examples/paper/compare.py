@@ -74,7 +74,7 @@ def text(table: str, rows: dict[str, dict | None], note: str) -> str:
         cells.append((label, *(f"{v:.2f}" for v in frechet), each, *map(str, counts)))
         baselines = row["others"].keys() - {"gaussian", "energy", "reconstruction"}
         for name in sorted(baselines):  # priors of the same generator that need no heads
-            cells.append((f"  {name}", f"{row['others'][name]:.2f}", *["-"] * 5))
+            cells.append((f"  {name.replace('_', ' ')}", f"{row['others'][name]:.2f}", *["-"] * 5))
     return Table(f"Table {table}", header, cells, note).text()
 
 
@@ -114,13 +114,13 @@ def main(data, tables, minutes, settings, n, features, seed, device, threads, jo
     before = stored(out / "settings.json") or asdict(common)
     if changed := [key for key, value in asdict(common).items() if before[key] != value]:
         raise click.UsageError(f"{out} was begun with other {', '.join(changed)}; another --out?")
-    write_json(out / "settings.json", asdict(common))
 
     rows = {table: rows_of(table, base, common.shape) for table in tables.split(",")}
     plan = {method.name(base): method for table in rows.values() for method in table.values()}
     seconds = stored(out / "seconds.json")
     if missing := {name: method for name, method in plan.items() if name not in seconds}:
         seconds |= common.time_methods(missing, images)
+        write_json(out / "settings.json", asdict(common))  # not before they were found to work
         write_json(out / "seconds.json", seconds)
     reference = out / "reference.npz"
     if not reference.exists():
@@ -149,4 +149,9 @@ def main(data, tables, minutes, settings, n, features, seed, device, threads, jo
 
 
 if __name__ == "__main__":
-    main()
+    from ebm_prior.errors import EbmPriorError
+
+    try:
+        main()
+    except EbmPriorError as error:
+        raise SystemExit(f"Error: {error}") from None
