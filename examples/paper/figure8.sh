@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Figure 8: chains of 100 and of 2500 steps of a prior that was trained with 40: images and energy
+# on the way. The paper's model is trained by MCMC.
+#
+# Data: DATA, MNIST by default; CelebA-64 in the paper.
+# Cost: not measured.
+# Needs: the download of DATA. As the paper:
+#   DATA=celeba PRESET=table1 NGF=128 ITERATIONS=50000 DEVICE=cuda figure8.sh
+# Instead: a narrow generator that learns by inference, which is faster: preset table7.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+OUT=${OUT:-runs/paper/figure8}
+once train "$OUT/run" --data "${DATA:-mnist}" --preset "${PRESET:-table7}" \
+  --set ngf="${NGF:-16}" --set iterations="${ITERATIONS:-5000}"
+ebm-prior chains --heads "$OUT/run" --steps "${STEPS:-2500}" -n "${N:-64}" --out "$OUT" \
+  --device "$DEVICE"
+echo "Figure 8 -> $OUT/chains.png, $OUT/chains-energy.png"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Table 1: Fréchet distance of generators of one size with different priors: Gaussian, learned by
+# inference or by MCMC (VAE, ABP), a classifier's tilt (as NCP-VAE), an EBM of one layer (LEBM),
+# and the joint EBM of two layers (ours). RAE, 2s-VAE and the L=5 rows are not part of this.
+#
+# Data: DATA, MNIST by default. Of the paper: DATA=svhn, cifar10 or celeba, then with its sizes,
+#   DATA=cifar10 MINUTES=600 table1.sh --device cuda --set ngf=128 -n 50000
+# Cost: 6 methods x MINUTES (4), then not measured seconds for the timing and the distances.
+# Needs: the download of DATA; of colour images also pytorch-fid's of Inception, or FEATURES.
+# Instead: MNIST in place of the colour images; in place of Inception, FEATURES=FILE of
+#   python -m ebm_prior.metrics.classifier --data DATA --title NAME --out FILE
+set -euo pipefail
+python "$(dirname "$0")/compare.py" --tables 1 --data "${DATA:-mnist}" --minutes "${MINUTES:-4}" \
+  --out "${OUT:-runs/paper/compare}" ${FEATURES:+--features "$FEATURES"} "$@"
