@@ -172,14 +172,14 @@ class MicroBatched:
             return len(flat)
         if each > free and backbone.checkpointing is False:
             self.recompute(
-                f"the gradient of one chain takes about {gib(each)} of memory, of which "
+                f"the gradient of one chain may take {gib(each)} of memory, of which "
                 f"{gib(free)} are free"
             )
             return 1
         parts = math.ceil(len(flat) / max(int(free / each), 1))
         rows = math.ceil(len(flat) / parts)
         say(
-            f"the gradient of {len(flat)} chains at once takes about {gib(each * len(flat))} of "
+            f"the gradient of {len(flat)} chains at once may take {gib(each * len(flat))} of "
             f"memory, of which {gib(free)} are free: {rows} at a time, with the same result"
         )
         return rows
