@@ -7,7 +7,7 @@ of 256x256 images. Columns, in MiB but for the ratio:
     estimate    what `ebm_prior.memory.saved_bytes` says of one chain, times the batch
     tensors     peak of all tensors of the step, counted on the meta device: no noise, no work
     ratio       of these two
-    again       the same peak with `Backbone.checkpointing`
+    again       the same peak with `Backbone.checkpointing`, computing again
     weights     of the network as loaded and in the form that chains evaluate, with the heads
     process     what a step adds to a process of its own on this CPU (Linux; not of big models)
 """
