@@ -1,18 +1,21 @@
-"""What a gradient costs, in numbers without noise: operations, and bytes kept for backward."""
+"""What a gradient costs, in numbers without noise: operations, and bytes."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.nvae.network import NetworkConfig
-from ebm_prior import EnergyPrior
+from ebm_prior import EnergyPrior, memory
 
-__all__ = ["flops", "needed_flops", "saved_bytes"]
+__all__ = ["flops", "needed_flops", "peak_bytes", "saved_bytes"]
 
 
 def flops(call: Callable[[], Any]) -> int:
@@ -70,25 +73,53 @@ def tower_flops(config: NetworkConfig, features: bool) -> int:
 def saved_bytes(function: Callable, flat: Tensor, unflatten: Callable) -> int:
     """Bytes that autograd keeps per sample between the forward and the backward pass.
 
-    The difference between two samples and one, so that weights, which are kept once, drop out.
+    The difference between two samples and one, so that copies of weights, which are kept
+    once, drop out.
 
     Args:
         function: Density or energy of latents.
         flat: At least two samples, (B, D).
         unflatten: Makes latents of them.
     """
+    one, two = (memory.saved_bytes(function, flat[:n], unflatten) for n in (1, 2))
+    return two - one
 
-    def kept(batch: int) -> int:
-        storages = {}
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()  # has no address on the meta device
-            return tensor
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it, while they are alive."""
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            value = function(unflatten(flat[:batch].detach().clone().requires_grad_()))
-        del value  # held the graph, hence every storage, until here
-        return sum(storages.values())
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
 
-    return kept(2) - kept(1)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage(), given)
+        return out
+
+    def add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in given:  # a view is nothing new
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.live -= size
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes that the tensors made in a call take at one time.
+
+    Works on the meta device; what kernels allocate for themselves is not seen.
+    """
+    with _Live() as counter:
+        call()
+    return counter.peak

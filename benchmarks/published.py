@@ -47,7 +47,7 @@ class Published:
             log_p.append(log_normal(z[-1], mu, sigma))
             return z[-1]
 
-        features = network.descend(draw)
+        _, features = network.descend(draw)
         self.logits = network.decode(features)
         return sum(log_p) - self.prior.energies_of(self.prior.head_inputs(z, features)).sum(1)
 

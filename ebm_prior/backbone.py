@@ -98,6 +98,10 @@ class Backbone(nn.Module, abc.ABC):
         feature_shape: Shape of `features(z)` without the batch dimension.
         dataset: Name of the data set the checkpoint says it was trained on, or None.
         binarize: Whether it was trained on images drawn as x ~ Bernoulli(image).
+        checkpointing: Whether `transform`, `top_down` and `features` keep, for a gradient, no
+            more than the state before each group, and compute what is inside it again: less
+            memory for more time, and the same gradient. Chains of which not even one fits turn
+            it on. None for an adapter that cannot; one that can starts with False.
         name: Registry name; set by `load_backbone`.
         checkpoint: Path it was loaded from; set by `load_backbone`.
         files: The files that make it, by name, for an adapter to set whose checkpoints are
@@ -110,6 +114,7 @@ class Backbone(nn.Module, abc.ABC):
     feature_shape: tuple[int, ...]
     dataset: str | None = None
     binarize: bool = False
+    checkpointing: bool | None = None
     name: str = ""
     checkpoint: str = ""
     files: Mapping[str, Path] | None = None

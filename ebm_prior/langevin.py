@@ -267,7 +267,7 @@ def value_and_grad(
         return value.detach(), grad
 
     if isinstance(function, MicroBatched):
-        return function.in_parts(evaluate, flat)
+        return function.in_parts(evaluate, flat, unflatten)
     return evaluate(flat)
 
 

@@ -1,48 +1,89 @@
-"""Gradients of a large batch of chains a few samples at a time: less memory for more time.
+"""Gradients of a large batch of chains in what memory there is.
 
-Chains are independent, so the parts give what the whole gives, up to the rounding of
-operations that compute differently for other batch sizes.
+Chains are independent, so parts of a batch give what the whole gives, up to the rounding of
+operations that compute differently for other batch sizes. In this order:
+
+1. all chains at once, where they comfortably fit into the memory that is free;
+2. as many at a time as fit;
+3. where not even one does, one at a time, computing again in the backward pass what the
+   backbone would have kept for it (`Backbone.checkpointing`). Last, as it costs a third to a
+   half more time, where parts cost a few percent.
+
+What memory they need is estimated. Where that was wrong and memory runs out, the number of
+chains halves, and after a single one comes step 3.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_prior.backbone import Latents
+from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.memory import free_memory, saved_bytes
 
-__all__ = ["MicroBatched"]
+__all__ = ["ChainMemory", "MicroBatched"]
+
+HEADROOM = 1.6
+"""Memory that must be free, in units of what a gradient keeps for its backward pass.
+
+All tensors of a step peak at 1.00 to 1.08 of it, as `python -m benchmarks.memory` counts them.
+Measured on the CPU, a process grew by 1.06 to 1.14 of it for networks with 10 groups and more,
+by up to 1.54 for the small shipped ones, where kernels' own buffers weigh more. The rest is
+left to everybody else: too small a micro-batch costs a few percent of time, too large a one
+the run.
+"""
 
 
-class HasMicroBatch(Protocol):
-    """What remembers the size, such as an `EnergyPrior`: samples at a time, None for all."""
+@dataclass
+class ChainMemory:
+    """What has been found out about the memory of chains, so as to ask only once.
+
+    Attributes:
+        kept_bytes: What the gradient of one chain keeps, by density.
+        rows: Chains to take at a time, by density and batch size.
+    """
+
+    kept_bytes: dict[tuple, int] = field(default_factory=dict)
+    rows: dict[tuple, int] = field(default_factory=dict)
+
+
+class Owner(Protocol):
+    """Whose chains they are, such as an `EnergyPrior`.
+
+    Attributes:
+        micro_batch: Samples at a time, None for as many as fit.
+        chain_memory: How many that are.
+        backbone: What can save memory by computing again.
+    """
 
     micro_batch: int | None
+    chain_memory: ChainMemory
+    backbone: Backbone
 
 
 class MicroBatched:
-    """A density or energy whose gradient is taken of at most `owner.micro_batch` samples at once.
+    """A density or energy whose gradient is taken of at most so many samples at once.
 
-    Where memory runs out, that number halves, for good, and the chain goes on.
+    That is `owner.micro_batch`, or as many as fit. Where memory runs out, `owner.micro_batch`
+    becomes half of what was tried, for good, and the chain goes on.
 
     Args:
         function: Maps latents of batch B, and the tensors of `fixed`, to (B,), nats.
-        owner: Holds `micro_batch`.
+        owner: Holds `micro_batch`, and what is known about memory.
         fixed: What else it reads that has a row per sample, (B, *) each: a part of the batch
             gets the same rows of them.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Tensor],
-        owner: HasMicroBatch,
-        fixed: Sequence[Tensor] = (),
+        self, function: Callable[..., Tensor], owner: Owner, fixed: Sequence[Tensor] = ()
     ) -> None:
         if owner.micro_batch is not None and owner.micro_batch < 1:
             raise EbmPriorError(f"micro_batch must be at least 1 or None, got {owner.micro_batch}")
@@ -54,16 +95,25 @@ class MicroBatched:
         return self.function(eps, *(tensor[self.rows] for tensor in self.fixed))
 
     def in_parts(
-        self, evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], flat: Tensor
+        self,
+        evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
+        flat: Tensor,
+        unflatten: Callable[[Tensor], Latents],
     ) -> tuple[Tensor, Tensor]:
         """Values (B,) and gradients (B, D) by `evaluate`, called on parts of flat (B, D).
+
+        Args:
+            evaluate: Gives values and gradients of some rows.
+            flat: The samples.
+            unflatten: Makes latents of rows.
 
         Raises:
             EbmPriorError: If there is no memory for even one sample.
         """
+        fit = self.owner.micro_batch or self.that_fit(flat, unflatten)
         parts, done = [], 0
         while done < len(flat) or not parts:
-            self.rows = slice(done, done + (self.owner.micro_batch or len(flat)))
+            self.rows = slice(done, done + fit)
             part = flat[self.rows]
             try:
                 parts.append(evaluate(part))
@@ -72,22 +122,85 @@ class MicroBatched:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if len(part) < 2:
+                if len(part) < 2 and self.owner.backbone.checkpointing is not False:
                     raise EbmPriorError(
                         "out of memory for a single chain; free some, or use another --device"
                     ) from error
             # only here has the failed attempt let go of its memory, which its error still held
-            self.owner.micro_batch = len(part) // 2
-            tqdm.write(
+            if len(part) < 2:
+                self.recompute("out of memory for the gradient of a single chain")
+                continue
+            fit = self.owner.micro_batch = len(part) // 2
+            say(
                 f"out of memory for the gradient of {len(part)} chains at once: from now on "
-                f"{self.owner.micro_batch}, with the same result",
-                file=sys.stderr,
+                f"{fit}, with the same result"
             )
         self.rows = slice(None)
         if len(parts) == 1:
             return parts[0]
         values, grads = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(grads)
+
+    def that_fit(self, flat: Tensor, unflatten: Callable[[Tensor], Latents]) -> int:
+        """Samples to take at a time, at least 1; asked once per density and batch size."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        precision = getattr(self.owner, "precision", None)
+        density = (name, precision, flat.shape[1], flat.dtype, flat.device)
+        known = self.owner.chain_memory
+        if (density, len(flat)) not in known.rows:
+            known.rows[density, len(flat)] = self.choose(density, flat, unflatten)
+        return known.rows[density, len(flat)]
+
+    def choose(self, density: tuple, flat: Tensor, unflatten: Callable) -> int:
+        """As many samples as fit into the memory that is free now."""
+        known, backbone = self.owner.chain_memory, self.owner.backbone
+        if backbone.checkpointing:
+            return 1
+        free = free_memory(flat.device)
+        if free is None or not len(flat):
+            return max(len(flat), 1)
+        if density not in known.kept_bytes:
+            self.rows = slice(1)
+            try:
+                known.kept_bytes[density] = saved_bytes(self, flat[:1], unflatten)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                return len(flat)  # the attempts will tell
+        each = HEADROOM * known.kept_bytes[density]
+        if each * len(flat) <= free:
+            return len(flat)
+        if each > free and backbone.checkpointing is False:
+            self.recompute(
+                f"the gradient of one chain may take {gib(each)} of memory, of which "
+                f"{gib(free)} are free"
+            )
+            return 1
+        parts = math.ceil(len(flat) / max(int(free / each), 1))
+        rows = math.ceil(len(flat) / parts)
+        say(
+            f"the gradient of {len(flat)} chains at once may take {gib(each * len(flat))} of "
+            f"memory, of which {gib(free)} are free: {rows} at a time, with the same result"
+        )
+        return rows
+
+    def recompute(self, why: str) -> None:
+        """From now on let the backbone compute again what it would keep."""
+        self.owner.backbone.checkpointing = True
+        say(
+            f"{why}: from now on one at a time, computing again what does not fit, which is "
+            "slower, with the same result"
+        )
+
+
+def say(line: str) -> None:
+    """One line to whoever watches, below no progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.3g} GiB"
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -15,7 +15,7 @@ from ebm_prior.backbone import Backbone, Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import check_layers, make_heads
 from ebm_prior.langevin import Generators, StepInfo, check_settings, randn
-from ebm_prior.micro_batch import MicroBatched
+from ebm_prior.micro_batch import ChainMemory, MicroBatched
 from ebm_prior.precision import check_precision, tower_precision
 from ebm_prior.transitions import TRANSITIONS
 
@@ -90,8 +90,10 @@ class EnergyPrior(nn.Module):
             such as ((100, 100), (200, 200, 200, 200)) of Table 12, in place of `ndf`.
 
     Attributes:
-        micro_batch: Chains whose gradient is taken at once, None for all: fewer need less
-            memory, for the same result. Halves itself when memory runs out.
+        micro_batch: Chains whose gradient is taken at once, None for as many as fit into the
+            memory that is free when a chain of their density and number first starts: fewer
+            need less, for the same result. Halves itself when memory runs out.
+        chain_memory: What is known of how many fit.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class EnergyPrior(nn.Module):
         self.kind, self.nef, self.ndf, self.layers = heads, nef, ndf, layers
         self.sampler = sampler or SamplerConfig()
         self.micro_batch: int | None = None
+        self.chain_memory = ChainMemory()
         self._precision = "fp32"
         self.reads_groups = heads in ("factorized", "both")
         self.reads_features = heads in ("joint", "both")

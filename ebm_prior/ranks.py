@@ -17,12 +17,18 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 
-__all__ = ["Ranks", "Share", "is_main"]
+__all__ = ["Ranks", "Share", "is_main", "processes_here"]
 
 
 def is_main() -> bool:
     """Whether this is the process that writes and speaks; true where it is the only one."""
     return _place()[0] == 0
+
+
+def processes_here() -> int:
+    """How many of the processes share this machine."""
+    size = _place()[1]
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE", size)), size)
 
 
 def _place() -> tuple[int, int]:

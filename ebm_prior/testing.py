@@ -199,6 +199,20 @@ def has_exact_score(backbone: Backbone, tolerance: float) -> None:
             assert torch.equal(grad, -e), f"{kind}: the score of zero heads is not -eps"
 
 
+def recomputes_the_same(backbone: Backbone, tolerance: float) -> None:
+    """With `checkpointing`, where an adapter has it, gradients are those without it."""
+    if backbone.checkpointing is None:
+        return
+    before, found = backbone.checkpointing, []
+    for backbone.checkpointing in (False, True):
+        eps = tuple(e.requires_grad_() for e in noise(backbone))
+        z, features = backbone.top_down(eps)
+        loss = sum(tensor.square().sum() for tensor in (*z, features))
+        found.append(torch.autograd.grad(loss, eps))
+    backbone.checkpointing = before
+    all_close(found[1], found[0], tolerance, "gradients with checkpointing")
+
+
 LAWS: tuple[Callable[[Backbone, float], None], ...] = (
     is_frozen,
     has_declared_shapes,
@@ -210,5 +224,6 @@ LAWS: tuple[Callable[[Backbone, float], None], ...] = (
     agrees_with_itself,
     has_gaussian_prior,
     has_exact_score,
+    recomputes_the_same,
 )
 """Each takes a backbone and a relative tolerance, and raises AssertionError."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, langevin_step, peer, scaling
+from benchmarks import gpu, langevin_step, memory, peer, scaling
+from benchmarks.models import MODELS
 from benchmarks.timing import interleaved, ratios
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints/nvae_digits/checkpoint.pt"
@@ -43,6 +44,15 @@ def test_the_langevin_step(tmp_path, monkeypatch):
     assert forms["chunked"]["saved_mib"] == forms["ours"]["saved_mib"] / 4
     (floor,) = found["floors"]
     assert 0 < floor["arithmetic_ms"] < floor["convolutions_ms"]
+
+
+def test_memory(monkeypatch):
+    tiny = MODELS["B"] | {"num_groups_per_scale": 4, "num_channels_dec": 4, "num_channels_enc": 4}
+    monkeypatch.setitem(MODELS, "B", tiny)
+    monkeypatch.setattr(memory, "peak_memory", langevin_step.peak_here)
+    row = run(memory.main, "B", "--batch", 2).splitlines()[-1].split()
+    estimate, tensors, ratio, again, _, _ = map(float, row[1:])
+    assert 0.9 < ratio < 1.1 and again < tensors and abs(tensors - estimate) < 0.2 * estimate
 
 
 def test_scaling(monkeypatch, tmp_path):

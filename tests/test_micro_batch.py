@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit
+from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit, micro_batch
 from ebm_prior.hierarchy import redraw
 from ebm_prior.joint import posterior_chains
 from ebm_prior.langevin import flatten
@@ -23,7 +23,11 @@ def new_prior(toy, transition="pcnl"):
 
 
 def limit_memory(monkeypatch, most, error=ERRORS["cuda"]):
-    """Let the energy of more than `most` samples at once fail; returns all batches asked for."""
+    """Let the energy of more than `most` samples at once fail; returns all batches asked for.
+
+    How much memory is free is not known.
+    """
+    monkeypatch.setattr(micro_batch, "free_memory", lambda _: None)
     whole, asked = EnergyPrior.energy_of_noise, []
 
     def energy(self, eps, temperature=1.0):

@@ -33,6 +33,8 @@ class NVAEBackbone(Backbone):
         checkpoint: What `read_checkpoint` returned.
     """
 
+    checkpointing = False
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         config = checkpoint.config
@@ -84,18 +86,15 @@ class NVAEBackbone(Backbone):
         self, eps: Sequence[Tensor], temperature: float, features: bool
     ) -> tuple[Latents, Tensor | None]:
         self.check_latents(eps, "eps")
-        z: list[Tensor] = []
 
         def draw(index: int, state: Tensor) -> Tensor:
             if index == 0:
-                z.append((TOP_SIGMA * temperature) * eps[0])
-            else:
-                mu, sigma = self.fast.prior_params(index, state)
-                sigma = sigma if temperature == 1 else temperature * sigma
-                z.append(torch.addcmul(mu, sigma, eps[index]).contiguous())
-            return z[-1]
+                return (TOP_SIGMA * temperature) * eps[0]
+            mu, sigma = self.fast.prior_params(index, state)
+            sigma = sigma if temperature == 1 else temperature * sigma
+            return torch.addcmul(mu, sigma, eps[index]).contiguous()
 
-        state = self.fast.descend(draw, features)
+        z, state = self.fast.descend(draw, features, bool(self.checkpointing))
         return tuple(z), None if state is None else state.contiguous()
 
     def prior_parameters(self, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -167,7 +166,8 @@ class NVAEBackbone(Backbone):
     def features(self, z: Sequence[Tensor]) -> Tensor:
         """Decoder state after the last group's combiner, (B, *feature_shape)."""
         self.check_latents(z, "z")
-        return self.fast.descend(lambda index, _: z[index]).contiguous()
+        _, state = self.fast.descend(lambda index, _: z[index], True, bool(self.checkpointing))
+        return state.contiguous()
 
     def decode(self, z: Sequence[Tensor], features: Tensor | None = None) -> Likelihood:
         """p(x|z).
@@ -252,7 +252,7 @@ class NVAEBackbone(Backbone):
                     mu, sigma = self.network.prior_params(index, state)
                     return mu + temperature * sigma * eps[index]
 
-                self.network.decode(self.network.descend(draw))
+                self.network.decode(self.network.descend(draw)[1])
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -20,12 +20,14 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.memory import recomputed
 
 __all__ = [
     "GroupPosterior",
@@ -756,29 +758,45 @@ class Network(nn.Module):
         return soft_clamp(self.dec_sampler[index - 1](state))
 
     def descend(
-        self, draw: Callable[[int, Tensor], Tensor], features: bool = True
-    ) -> Tensor | None:
+        self,
+        draw: Callable[[int, Tensor], Tensor],
+        features: bool = True,
+        checkpointing: bool = False,
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Walk down the hierarchy once.
 
         Args:
             draw: Gives z_i (B, Z, H, W) for group i and the state in front of it; the
                 state of group 0 is the learned constant (1, C, H, W).
             features: Whether to go on to the state after the last group.
+            checkpointing: Whether a gradient keeps the states between groups alone, and goes
+                through each group once more; `draw` must then be a pure function.
 
         Returns:
-            That state, (B, *feature_shape), or None.
+            z per group, and that state, (B, *feature_shape), or None.
         """
+        z: list[Tensor] = []
         state = self.prior_ftr0[None]
-        for index, group in enumerate(self._plan):
-            for cell in group.cells:
-                state = self.dec_tower[cell](state)
-            z = draw(index, state)
-            if index == len(self._plan) - 1 and not features:
-                return None
-            if self.vanilla:
-                return self.stem_decoder(z)
-            state = self.dec_tower[group.combiner](state, z)
-        return state
+        for index in range(len(self._plan)):
+            onward = features or index < len(self._plan) - 1
+            step = partial(self._through_group, index, draw=draw, onward=onward)
+            drawn, state = recomputed(step, state) if checkpointing else step(state)
+            z.append(drawn)
+        return z, state
+
+    def _through_group(
+        self, index: int, state: Tensor, draw: Callable[[int, Tensor], Tensor], onward: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents of a group and, to go onward, the state after it, from the state before."""
+        group = self._plan[index]
+        for cell in group.cells:
+            state = self.dec_tower[cell](state)
+        z = draw(index, state)
+        if not onward:
+            return z, None
+        if self.vanilla:
+            return z, self.stem_decoder(z)
+        return z, self.dec_tower[group.combiner](state, z)
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Bottom-up pass.
@@ -835,7 +853,7 @@ class Network(nn.Module):
             groups.append(GroupPosterior(q_mu, q_sigma, p_mu, p_sigma, base, z))
             return z
 
-        return groups, self.descend(draw, features)
+        return groups, self.descend(draw, features)[1]
 
     def decode(self, features: Tensor) -> Tensor:
         """Raw decoder output (B, output_channels, size, size) from the last state."""

@@ -31,6 +31,8 @@ class StagedBackbone(Backbone):
         binarize: Whether that was drawn as x ~ Bernoulli(image).
     """
 
+    checkpointing = False
+
     def __init__(
         self,
         network: Network,
@@ -70,13 +72,15 @@ class StagedBackbone(Backbone):
             sigma = p[1] if temperature == 1 else temperature * p[1]
             return Draw(torch.addcmul(p[0], sigma, eps[i]), p)
 
-        draws, state = self.network.descend(choose, eps[0], output)
+        draws, state = self.network.descend(choose, eps[0], output, bool(self.checkpointing))
         return tuple(draw.z for draw in draws), state
 
     def _follow(self, z: Sequence[Tensor], output: str) -> tuple[list[Draw], Tensor | None]:
         """The top-down pass along given latents."""
         self.check_latents(z, "z")
-        return self.network.descend(lambda i, *a: Draw(z[i], a[-1]), z[0], output)
+        return self.network.descend(
+            lambda i, *a: Draw(z[i], a[-1]), z[0], output, bool(self.checkpointing)
+        )
 
     def prior_parameters(self, z: Sequence[Tensor]) -> list[Moments]:
         """Mean and deviation of p(z_i | z_>i) at temperature 1 for each group."""

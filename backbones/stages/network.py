@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from backbones.stages.layers import Block, BlockSpec, Conv, Dense, Projection, Shape, Stack
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.memory import recomputed
 
 __all__ = [
     "Draw", "Family", "LatentSpec", "Moments", "Network", "StageSpec", "log_normal", "normal_kl",
@@ -447,6 +449,7 @@ class Network(nn.Module):
         choose: Callable[[int, Stage, int, Tensor | None, Moments], Draw],
         like: Tensor,
         output: str = "latents",
+        checkpointing: bool = False,
     ) -> tuple[list[Draw], Tensor | None]:
         """The top-down pass.
 
@@ -456,6 +459,8 @@ class Network(nn.Module):
             like: Tensor of the batch's length.
             output: "latents" stops at the last group; "features" also gives the state
                 there; "decoder" the output of the last generative stack.
+            checkpointing: Whether a gradient keeps the states between stages alone, and goes
+                through each stage once more; `choose` must then be a pure function.
 
         Returns:
             What was chosen per group, and the output asked for.
@@ -464,19 +469,34 @@ class Network(nn.Module):
         skips: list[Tensor] = []
         d: Tensor | None = None
         for number in range(len(self.stages) - 1, -1, -1):
-            stage = self.stages[number]
-            drawn: list[Tensor] = []
-            for index, (_, group) in enumerate(stage.groups):
-                p = group.prior_moments(stage.prior_state(index, d, drawn), like)
-                draws.append(choose(len(draws), stage, index, d, p))
-                drawn.append(draws[-1].z)
-            if number == 0 and output == "latents":
-                return draws, None
-            h = stage.combine(drawn)
-            if number == 0 and output == "features":
-                return draws, h if d is None else torch.cat([d, h], 1)
-            d = stage.generator.generate(h, skips)
+            step = partial(self._through_stage, number, len(draws), choose, like, output)
+            drawn, d, skips = recomputed(step, d, skips) if checkpointing else step(d, skips)
+            draws += drawn
         return draws, d
+
+    def _through_stage(
+        self,
+        number: int,
+        first: int,
+        choose: Callable[[int, Stage, int, Tensor | None, Moments], Draw],
+        like: Tensor,
+        output: str,
+        d: Tensor | None,
+        skips: Sequence[Tensor],
+    ) -> tuple[list[Draw], Tensor | None, list[Tensor]]:
+        """Draws of a stage, whose groups count from `first`, its output, and the skip list."""
+        stage = self.stages[number]
+        draws: list[Draw] = []
+        for index, (_, group) in enumerate(stage.groups):
+            p = group.prior_moments(stage.prior_state(index, d, [g.z for g in draws]), like)
+            draws.append(choose(first + index, stage, index, d, p))
+        if number == 0 and output == "latents":
+            return draws, None, []
+        h = stage.combine([draw.z for draw in draws])
+        if number == 0 and output == "features":
+            return draws, h if d is None else torch.cat([d, h], 1), []
+        skips = list(skips)  # which the stack changes
+        return draws, stage.generator.generate(h, skips), skips
 
     def infer(
         self, x: Tensor, noise: Sequence[Tensor], output: str = "latents"
