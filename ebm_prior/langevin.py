@@ -281,7 +281,7 @@ def value_alone(
         return checked(function(unflatten(rows)), rows), rows[:, :0]
 
     if isinstance(function, MicroBatched):
-        return function.in_parts(evaluate, flat)[0]
+        return function.in_parts(evaluate, flat)[0]  # nothing is kept
     return evaluate(flat)[0]
 
 

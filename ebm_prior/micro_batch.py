@@ -98,19 +98,22 @@ class MicroBatched:
         self,
         evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
         flat: Tensor,
-        unflatten: Callable[[Tensor], Latents],
+        unflatten: Callable[[Tensor], Latents] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Values (B,) and gradients (B, D) by `evaluate`, called on parts of flat (B, D).
 
         Args:
             evaluate: Gives values and gradients of some rows.
             flat: The samples.
-            unflatten: Makes latents of rows.
+            unflatten: Makes latents of rows; None where no gradient is taken, so that nothing is
+                kept of which to estimate the size.
 
         Raises:
             EbmPriorError: If there is no memory for even one sample.
         """
-        fit = self.owner.micro_batch or self.that_fit(flat, unflatten)
+        fit = self.owner.micro_batch
+        if fit is None:
+            fit = max(len(flat), 1) if unflatten is None else self.that_fit(flat, unflatten)
         parts, done = [], 0
         while done < len(flat) or not parts:
             self.rows = slice(done, done + fit)
