@@ -11,7 +11,7 @@ set -euo pipefail
 OUT=${OUT:-runs/paper/table10} N=${N:-2000} DATA=${DATA:-cifar10} resume=
 if [ -z "${CKPT:-}" ]; then
   CKPT=$OUT/backbone/checkpoint.pt
-  if [ -e "$OUT/backbone/state.pt" ]; then resume=--resume; fi
+  if [ -e "$OUT/backbone/state.safetensors" ]; then resume=--resume; fi
   if [ ! -e "$CKPT" ]; then
     ebm-prior pretrain --backbone nvae --data "$DATA" --out "$OUT/backbone" --device "$DEVICE" \
       --set mixtures=1 --set iterations="${ITERATIONS:-6000}" $resume
