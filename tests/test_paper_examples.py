@@ -209,7 +209,7 @@ def test_processes_of_their_own(compare, tmp_path):
 
 
 def test_wider_generators_have_the_parameters_they_are_named_for(compare):
-    base, shape = compare.SIZES, [1, 28, 28]
+    base, shape = compare.SMALL, [1, 28, 28]
     size = compare.generator_size(base, shape)
     for factor in (2, 8):
         ngf = compare.wider(base, shape, factor)
