@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [--model cifar10] [--batch 16] [--json FILE]
 
-The forms of `benchmarks.langevin_step`; wall time with the device synchronised, peak memory as
-CUDA's allocator counts it. Without a CUDA device it says so and measures nothing.
+The forms of `benchmarks.langevin_step`, and `compiled`: ours with `prior.compiled`. Wall time
+with the device synchronised, peak memory as CUDA's allocator counts it. Without a
+CUDA device it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.langevin_step import FORMS, log_density
+from benchmarks import langevin_step
+from benchmarks.langevin_step import log_density
 from benchmarks.models import MODELS, nvae
 from benchmarks.timing import interleaved, median, ratios
 from ebm_prior import EnergyPrior
 from ebm_prior.langevin import flatten, value_and_grad
+
+FORMS = (*langevin_step.FORMS, "compiled")
 
 
 def synchronised() -> float:

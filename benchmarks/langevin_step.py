@@ -60,9 +60,9 @@ def log_density(prior: EnergyPrior, form: str, batch: int) -> Callable:
         return Published(prior)
     if form == "chunked":
         return MicroBatched(prior.log_density, SimpleNamespace(micro_batch=part_of(batch)))
-    if form == "bf16":
-        prior = copy.copy(prior)  # the same weights
-        prior.precision = "bf16"
+    prior = copy.copy(prior)  # the same weights
+    prior.precision = "bf16" if form == "bf16" else "fp32"
+    prior.compiled = form == "compiled"
     return prior.log_density
 
 

@@ -76,6 +76,7 @@ class FitConfig:
         acceptance: Target of the step-size tuning (`pcnl` only).
         precision: `fp32` or `bf16`, of the backbone's pass inside chains; what heads learn
             from is always computed in float32, so that rounding tells them nothing.
+        compiled: Whether chains run compiled; see `EnergyPrior.compiled`.
         draws: Posterior samples per image; 0 means one, or more where images are few.
         held_out: Share of images kept aside to judge the `nce` phase.
         patience: `nce` stops after this many judgements without improvement.
@@ -110,6 +111,7 @@ class FitConfig:
     steps: int = 2
     acceptance: float = 0.7
     precision: str = "fp32"
+    compiled: bool = False
     draws: int = 0
     held_out: float = 0.05
     patience: int = 20
@@ -242,13 +244,13 @@ def fit(
     if not resume:
         run.start(fitting.describe("running"))
     ranks.wait()
-    before = prior.precision
-    prior.precision = config.precision
+    before = prior.precision, prior.compiled
+    prior.precision, prior.compiled = config.precision, config.compiled
     try:
         with CtrlC() as ctrl_c:
             return fitting.run_all(images, ctrl_c, resume)
     finally:
-        prior.precision = before
+        prior.precision, prior.compiled = before
 
 
 class _Fit:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ebm_prior import hub
 from ebm_prior.backbone import Backbone, Latents
+from ebm_prior.compiled import CompiledEnergy
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.heads import check_layers, make_heads
 from ebm_prior.langevin import Generators, StepInfo, check_settings, randn
@@ -94,6 +95,8 @@ class EnergyPrior(nn.Module):
             memory that is free when a chain of their density and number first starts: fewer
             need less, for the same result. Halves itself when memory runs out.
         chain_memory: What is known of how many fit.
+        compiled: Whether gradients in eps, hence chains, run compiled (`CompiledEnergy`), for
+            the same result up to rounding.
     """
 
     def __init__(
@@ -118,6 +121,8 @@ class EnergyPrior(nn.Module):
         self.sampler = sampler or SamplerConfig()
         self.micro_batch: int | None = None
         self.chain_memory = ChainMemory()
+        self.compiled = False
+        self._compiled_energy = CompiledEnergy(EnergyPrior._energy_of_noise)
         self._precision = "fp32"
         self.reads_groups = heads in ("factorized", "both")
         self.reads_features = heads in ("joint", "both")
@@ -180,6 +185,11 @@ class EnergyPrior(nn.Module):
 
     def energy_of_noise(self, eps: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """E(T(eps)): (B,), nats; one top-down pass serves groups and features."""
+        if self.compiled and torch.is_grad_enabled() and any(e.requires_grad for e in eps):
+            return self._compiled_energy(self, tuple(eps), temperature)
+        return self._energy_of_noise(eps, temperature)
+
+    def _energy_of_noise(self, eps: Sequence[Tensor], temperature: float) -> Tensor:
         with tower_precision(self.precision, self.backbone.device):
             if self.reads_features:
                 inputs = self.head_inputs(*self.backbone.top_down(eps, temperature))

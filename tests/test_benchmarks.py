@@ -74,7 +74,7 @@ def test_without_a_gpu_its_benchmark_says_so():
 @pytest.mark.gpu
 def test_the_gpu_benchmark(tmp_path):
     run(gpu.main, "--model", "A", "--batch", 2, "--repeats", 1, "--json", tmp_path / "x.json")
-    assert len(json.loads((tmp_path / "x.json").read_text())["forms"]) == len(langevin_step.FORMS)
+    assert len(json.loads((tmp_path / "x.json").read_text())["forms"]) == len(gpu.FORMS)
 
 
 def test_the_comparison_with_a_peer():

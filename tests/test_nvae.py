@@ -25,7 +25,7 @@ from backbones.nvae.checkpoint import (
     read_checkpoint,
 )
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce_bits
-from backbones.nvae.network import Network
+from backbones.nvae.network import Network, PointwiseConv2d
 from backbones.nvae.pretrain import elbo
 from benchmarks.parity import errors
 from ebm_prior import EbmPriorError
@@ -147,6 +147,44 @@ def test_folding_changes_nothing(architecture):
             torch.testing.assert_close(getattr(b, field), getattr(a, field))
     torch.testing.assert_close(folded_state, state)
     torch.testing.assert_close(folded.decode(state), network.decode(state))
+
+
+@pytest.mark.parametrize(
+    "batch, side, samples, settings",
+    [
+        (2, 8, 16, {}),
+        (3, 4, 16, {}),
+        (18, 4, 18, {}),
+        (3, 5, 3, {}),  # 75 pixels are not 16 equal parts
+        (2, 8, 2, {"worth": PointwiseConv2d.WORTH}),
+        (2, 8, 2, {"threads": 2}),
+        (2, 8, 2, {"dtype": torch.float64}),
+        (2, 8, 2, {"layout": torch.contiguous_format}),
+    ],
+)
+def test_pointwise_convolutions_of_few_samples(monkeypatch, batch, side, samples, settings):
+    kind = {"dtype": settings.get("dtype", torch.float32)}
+    kind["memory_format"] = settings.get("layout", torch.channels_last)
+    conv = PointwiseConv2d(6, 10, 1).to(**kind)
+    monkeypatch.setattr(PointwiseConv2d, "WORTH", settings.get("worth", 0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: settings.get("threads", 1))
+    x = torch.randn(batch, 6, side, side).to(**kind)
+    weights = torch.randn(batch, 10, side, side).to(x.dtype)
+    shapes, results = [], []
+    plain = nn.Conv2d.forward
+
+    def spy(self, x):
+        shapes.append(len(x))
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", spy)
+    for forward in (conv.forward, lambda x: plain(conv, x)):
+        point = x.clone().requires_grad_()
+        y = forward(point)
+        assert y.is_contiguous(memory_format=kind["memory_format"])
+        results.append((y, *torch.autograd.grad((y * weights).sum(), point)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert shapes == [samples]
 
 
 def test_folding_does_not_touch_the_network(tmp_path):

@@ -15,6 +15,7 @@ from ebm_prior.cli.options import (
     DataChoice,
     HeadsChoice,
     chain_options,
+    compile_option,
     data_options,
     device_option,
     gathered,
@@ -75,6 +76,7 @@ resize_option = click.option(
 @heads_options
 @chain_options
 @precision_option
+@compile_option
 @data_options
 @click.option(
     "-n",
@@ -114,6 +116,7 @@ def evaluate(
     heads: HeadsChoice,
     chain: ChainChoice,
     precision: str,
+    compiled: bool,
     data: DataChoice,
     n: int,
     seed: int,
@@ -157,7 +160,7 @@ def evaluate(
 
     heads.check_record(record)
     prior, folder, config = heads.open()
-    prior.precision = precision
+    prior.precision, prior.compiled = precision, compiled
     backbone, sampler = prior.backbone, chain.config(prior)
     network = features.open(backbone.image_shape, heads.device)
     data = data.or_recorded(config)

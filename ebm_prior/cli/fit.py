@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from ebm_prior.cli.options import (
     DataChoice,
     Finite,
+    compile_option,
     data_options,
     device_option,
     json_option,
@@ -145,6 +146,7 @@ def apply_preset(ctx: click.Context, _: click.Parameter, value: str | None) -> N
     help="Fill what is not given with the paper's public settings.",
 )
 @fit_settings
+@compile_option
 @device_option
 @json_option
 @click.pass_context

@@ -47,6 +47,13 @@ precision_option = click.option(
     show_default=True,
     help="Of the backbone's pass inside chains; bf16 is inexact, and faster on recent processors.",
 )
+compile_option = click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the gradient that chains follow, for CUDA: on a CPU it takes a minute or two "
+    "and is then no faster. Where it fails, chains run as without it.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 record_option = click.option(
     "--record",

@@ -10,6 +10,7 @@ from ebm_prior.cli.options import (
     ChainChoice,
     HeadsChoice,
     chain_options,
+    compile_option,
     heads_options,
     positive,
     precision_option,
@@ -21,6 +22,7 @@ from ebm_prior.cli.options import (
 @heads_options
 @chain_options
 @precision_option
+@compile_option
 @click.option("-n", "--number", "n", type=positive, default=64, show_default=True)
 @click.option(
     "--seed",
@@ -50,6 +52,7 @@ def sample(
     heads: HeadsChoice,
     chain: ChainChoice,
     precision: str,
+    compiled: bool,
     n: int,
     seed: int,
     seeds: str | None,
@@ -76,7 +79,7 @@ def sample(
     seed_list = parse_seeds(seeds) if seeds is not None else list(range(seed, seed + n))
     prior, folder, _ = heads.open()
     config, temperature = chain.config(prior), chain.temperature
-    prior.precision = precision
+    prior.precision, prior.compiled = precision, compiled
     chain.readjust(prior.backbone)
     ranks = Ranks(prior.backbone.device)
     batches = partial(
