@@ -193,8 +193,11 @@ class Loop(abc.ABC):
                 f"{self.out} was started with other settings ({', '.join(changed)}); resume "
                 "with the same ones, or choose another --out"
             )
-        self.step = self.saved = values["step"]
-        self.restore((tensors, values))
+        try:
+            self.step = self.saved = values["step"]
+            self.restore((tensors, values))
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise EbmPriorError(f"{state} is damaged; start anew with another --out") from error
 
     def save(self, interrupted: bool = False) -> None:
         """Write the state to resume from, atomically.

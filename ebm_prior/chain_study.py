@@ -25,6 +25,7 @@ from ebm_prior.two_sample import AggregatePosterior, TwoSample, rows_in_memory
 __all__ = ["AT", "ChainStudy", "Pixels", "study"]
 
 AT = (0, 40, 100, 500, 2500)
+MAX_TESTED = 2000  # chains whose latents are tested: the cost is quadratic
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def study(
     if reference is not None and len(reference) > 3 and len(seeds) > 1:
         posterior = AggregatePosterior.of(prior, reference)
         sets = max(len(at), 1) * len(configs)
-        keep_z = min(len(seeds), rows_in_memory(posterior.draws.shape[1], sets))
+        keep_z = min(len(seeds), MAX_TESTED, rows_in_memory(posterior.draws.shape[1], sets))
     runs = tuple(
         long_chains(
             prior,

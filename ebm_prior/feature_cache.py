@@ -56,7 +56,7 @@ class FeatureCache:
         what = [
             sha256_of_weights(prior), backbone.name, backbone.sha256, asdict(config), temperature,
             network.name, str(network.device), str(backbone.device), __version__,
-            torch.__version__, prior.precision,
+            torch.__version__, prior.precision, prior.compiled,
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         self.ranks = Ranks(backbone.device)

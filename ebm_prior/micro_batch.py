@@ -62,10 +62,12 @@ class Owner(Protocol):
         micro_batch: Samples at a time, None for as many as fit.
         chain_memory: How many that are.
         backbone: What can save memory by computing again.
+        compiled: Whether gradients are compiled, anew for every number of samples.
     """
 
     micro_batch: int | None
     chain_memory: ChainMemory
+    compiled: bool
     backbone: Backbone
 
 
@@ -164,12 +166,16 @@ class MicroBatched:
             return max(len(flat), 1)
         if density not in known.kept_bytes:
             self.rows = slice(1)
+            # never compiled for a single chain, which takes longer than it could save
+            compiled, self.owner.compiled = self.owner.compiled, False
             try:
                 known.kept_bytes[density] = saved_bytes(self, flat[:1], unflatten)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 return len(flat)  # the attempts will tell
+            finally:
+                self.owner.compiled = compiled
         each = HEADROOM * known.kept_bytes[density]
         if each * len(flat) <= free:
             return len(flat)

@@ -99,6 +99,10 @@ def test_finished_runs_are_left_alone_and_interrupted_ones_go_on(shell, tmp_path
     expected = ["ebm-prior", "train", "--out", "run", "--seed", "3", "--device", "cpu"]
     assert shell("-eu", script) == [expected]
     (tmp_path / "run").mkdir()
+    script.write_text(script.read_text().replace("3", "4"))
+    with pytest.raises(subprocess.CalledProcessError):  # never one run for another
+        shell("-eu", script)
+    script.write_text(script.read_text().replace("4", "3"))
     for status, calls in (("running", [[*expected, "--resume"]]), ("finished", [])):
         config = {"training": {"status": status}}
         (tmp_path / "run" / "config.json").write_text(json.dumps(config, indent=2))
@@ -110,9 +114,13 @@ def test_what_failed_is_not_kept(shell, tmp_path):
     script.write_text(f'. "{PAPER}/lib.sh"\nkept out/x.txt "$@"\n')
     with pytest.raises(subprocess.CalledProcessError):
         shell("-eu", script, "false")
-    shell("-eu", script, "echo", "hello")
-    shell("-eu", script, "echo", "again")
-    assert (tmp_path / "out" / "x.txt").read_text() == "hello\n"
+    said = tmp_path / "said"
+    for text in ("hello", "again"):
+        said.write_text(text)
+        shell("-eu", script, "cat", said)
+    with pytest.raises(subprocess.CalledProcessError):  # never one result for another
+        shell("-eu", script, "cat", "other")
+    assert (tmp_path / "out" / "x.txt").read_text() == "hello"
 
 
 def test_every_file_is_explained_and_listed():

@@ -9,8 +9,9 @@ again: the same command goes on where it was, and more --tables can be asked for
 
 Minutes are of processor time on the CPU and of wall time elsewhere, so that on the CPU runs
 beside each other (--jobs) cost no method anything. By default generators are narrow and learn at
-high rates, as in a few minutes they must. The paper's settings: --set ngf=128 --set ndf=200 --set
-batch_size=100 --set generator_lr=0.0001 --set heads_lr=0.00002.
+high rates, as in a few minutes they must. Nearer to the paper: --set ngf=128 --set ndf=200 --set
+batch_size=100 --set generator_lr=0.0001 --set heads_lr=0.00002; its heads of unequal depth are
+those of `ebm-prior train --preset table1`.
 """
 
 import itertools
@@ -145,6 +146,8 @@ def main(data, tables, minutes, settings, n, features, seed, device, threads, jo
     found = {t: {k: results.get(m.name(base)) for k, m in rows[t].items()} for t in rows}
     used = ", ".join({result["features"] for result in results.values()})
     note = f"{minutes:g} minutes each; {n} samples; features: {used}"
+    if any(method.nce for method in plan.values()):
+        note += "; iterations of the NCE prior: its heads', the rest went into its generator"
     tables = "\n\n".join(text(table, found[table], note) for table in found)
     write_json(out / "compare.json", {"settings": asdict(common), "n": n, "tables": found})
     write_text(out / "compare.txt", f"{tables}\n")

@@ -38,11 +38,11 @@ def generator_size(settings: dict, shape: list[int]) -> int:
     """Parameters of p(x|z) and p(z), without the inference network."""
     import torch
 
-    from backbones.generator import Generator, GeneratorConfig
+    from backbones.generator import Generator
+    from backbones.generator.config import TrainConfig
 
-    sizes = {k: settings[k] for k in ("latents", "hidden", "ngf") if k in settings}
     with torch.device("meta"):
-        model = Generator(GeneratorConfig(tuple(shape), **sizes))
+        model = Generator(TrainConfig(**settings).generator(tuple(shape)))
     return sum(p.numel() for part in (model.p_z, model.p_x) for p in part.parameters())
 
 
@@ -132,7 +132,10 @@ class Comparison:
     def run(self, name: str, method: Method, seconds: dict, out: Path, n: int) -> dict:
         """Train and measure one method; its numbers."""
         budget = 60 * self.minutes
-        spent = NCE_SHARE * budget if method.nce else 0
+        spent = 0.0
+        if method.nce:  # no more than the heads can use: the generator gets the rest
+            most = seconds[name]["around"] + NCE_ITERATIONS * seconds[name]["iteration"]
+            spent = min(NCE_SHARE * budget, most)
         generator = seconds[Method(method.settings).name(self.base)]["iteration"]
         settings = self.base | method.settings
         settings["iterations"] = max(1, round((budget - spent) / generator))
@@ -157,12 +160,10 @@ class Comparison:
         """Distances of a finished run, and its heads' parameters."""
         from safetensors.torch import load_file
 
-        from ebm_prior.cli.evaluate import evaluate
         from ebm_prior.files import write_json
 
         if not kept.exists():
-            known = any("--baselines" in parameter.opts for parameter in evaluate.params)
-            more = ["--baselines"] if method.nce and known else []
+            more = ["--baselines"] * method.nce
             reference = kept.parent / "reference.npz"
             args = ["--heads", folder, "--data", self.data, "-n", n, "--reference", reference]
             found = self.call("evaluate", *args, *self.features, *more, "--json")

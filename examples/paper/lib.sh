@@ -2,10 +2,23 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 DEVICE=${DEVICE:-cpu}
 
+# same RESULT WORD...: remember what a run or file was begun with; if it exists, refuse anything else.
+same() {
+  local result=$1
+  shift
+  mkdir -p "$(dirname "$result")"
+  if [ -e "$result" ] && [ "$(cat "$result.settings" 2>/dev/null)" != "$*" ]; then
+    echo "Error: $result was begun with other settings; choose another OUT" >&2
+    exit 1
+  fi
+  echo "$*" >"$result.settings"
+}
+
 # once VERB FOLDER OPTION...: a run of fit or train unless it is finished; an interrupted one goes on.
 once() {
   local verb=$1 folder=$2 resume=
   shift 2
+  same "$folder" "$verb" "$@"
   if grep -qs '"status": "finished"' "$folder/config.json"; then return; fi
   if [ -e "$folder/config.json" ]; then resume=--resume; fi
   ebm-prior "$verb" --out "$folder" "$@" --device "$DEVICE" $resume
@@ -15,8 +28,8 @@ once() {
 kept() {
   local file=$1
   shift
+  same "$file" "$@"
   if [ ! -e "$file" ]; then
-    mkdir -p "$(dirname "$file")"
     "$@" >"$file.new"
     mv "$file.new" "$file"
   fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 3: FID of NVAE with and without heads on CelebA-HQ-256 and on LSUN-Church-64, with batch
-# norm adjusted to the prior's samples as for Fig. 3. One call per data set.
+# Table 3: FID of NVAE with and without heads on CelebA-HQ-256 and on LSUN-Church-64. Batch norm is
+# adjusted to the prior's samples, as in the paper on CelebA-HQ-256. One call per data set.
 #
 # Data: what the checkpoint was trained on, or DATA.
 # Cost: not measured.
