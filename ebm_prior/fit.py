@@ -271,6 +271,7 @@ class _Fit:
         self.phase, self.iteration, self.total = 0, 0, 0
         self.lr_scale, self.rollbacks = 1.0, 0
         self.held_out_loss: float | None = None
+        self.prefetched: Prefetch | None = None
         self.unflatten: Callable = flatten(prior.noise(1, torch.Generator().manual_seed(0)))[1]
         self.start_phase()
 
