@@ -101,7 +101,8 @@ class Backbone(nn.Module, abc.ABC):
         checkpointing: Whether `transform`, `top_down` and `features` keep, for a gradient, no
             more than the state before each group, and compute what is inside it again: less
             memory for more time, and the same gradient. Chains of which not even one fits turn
-            it on. None for an adapter that cannot; one that can starts with False.
+            it on; with it they run one at a time unless `EnergyPrior.micro_batch` says otherwise.
+            None for an adapter that cannot; one that can starts with False.
         name: Registry name; set by `load_backbone`.
         checkpoint: Path it was loaded from; set by `load_backbone`.
         files: The files that make it, by name, for an adapter to set whose checkpoints are

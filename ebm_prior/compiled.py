@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledEnergy"]
 
+MAX_GRAPHS = 8  # torch keeps no more of one function, and gives all up at the next
+
 
 class CompiledEnergy:
     """`function(prior, eps, temperature)` by `torch.compile`.
 
-    Every batch size is compiled once, forward and backward pass. The first time that does not
+    Every batch size, temperature and precision is compiled once, forward and backward pass; after
+    the first eight, others run as they are. The first time that compiling does not
     work, for whatever reason, one line says why, and from then on the function runs as it is.
     On CUDA the passes are replayed as CUDA graphs.
 
@@ -44,6 +47,8 @@ class CompiledEnergy:
         eps = tuple(tensor.contiguous() for tensor in eps)  # else compiled for each layout too
         what = (prior.precision, temperature, *(tensor.shape for tensor in eps))
         if self.works and what not in self.tried:
+            if len(self.tried) == MAX_GRAPHS:
+                return self.function(prior, eps, temperature)
             self.try_out(prior, eps, temperature)
             self.tried.add(what)
         if not self.works:

@@ -244,13 +244,13 @@ def fit(
     if not resume:
         run.start(fitting.describe("running"))
     ranks.wait()
-    before = prior.precision, prior.compiled
+    before = prior.precision, prior.compiled, prior.backbone.checkpointing
     prior.precision, prior.compiled = config.precision, config.compiled
     try:
         with CtrlC() as ctrl_c:
             return fitting.run_all(images, ctrl_c, resume)
     finally:
-        prior.precision, prior.compiled = before
+        prior.precision, prior.compiled, prior.backbone.checkpointing = before
 
 
 class _Fit:
@@ -678,8 +678,25 @@ class _Fit:
             "since_best",
             "step_size",
             "held_out_loss",
+            "chain_rows",
         )
         return tensors, {name: getattr(self, name) for name in names}
+
+    @property
+    def chain_rows(self) -> dict:
+        """How many chains at a time, which decides how gradients are rounded."""
+        prior = self.prior
+        return {
+            "at_a_time": prior.chain_memory.rows.copy(),
+            "micro_batch": prior.micro_batch,
+            "checkpointing": prior.backbone.checkpointing,
+        }
+
+    @chain_rows.setter
+    def chain_rows(self, values: dict) -> None:
+        self.prior.chain_memory.rows |= values["at_a_time"]
+        self.prior.micro_batch = values["micro_batch"]
+        self.prior.backbone.checkpointing = values["checkpointing"]
 
     def reopen(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Restore what `save` wrote, and where a rollback goes."""

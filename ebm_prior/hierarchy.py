@@ -102,7 +102,9 @@ def redraw(
     noise = prior.noise(len(eps[0]), generator)
     start = tuple(noise[i] for i in free)
     # where the norm counts, the held groups' is in it too: a constant, without a gradient
-    end = prior.run_chain(start, config, temperature, generator, callback, whole, eps)
+    end = prior.run_chain(
+        start, config, temperature, generator, callback, whole, eps, f"groups {free}"
+    )
     return Redrawn(whole(start, *eps), whole(end, *eps))
 
 

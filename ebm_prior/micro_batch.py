@@ -48,11 +48,12 @@ class ChainMemory:
 
     Attributes:
         kept_bytes: What the gradient of one chain keeps, by density.
-        rows: Chains to take at a time, by density and batch size.
+        rows: Chains to take at a time, by density and batch size. They decide how results are
+            rounded, so that a run keeps them with its state.
     """
 
-    kept_bytes: dict[tuple, int] = field(default_factory=dict)
-    rows: dict[tuple, int] = field(default_factory=dict)
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 class Owner(Protocol):
@@ -82,14 +83,19 @@ class MicroBatched:
         owner: Holds `micro_batch`, and what is known about memory.
         fixed: What else it reads that has a row per sample, (B, *) each: a part of the batch
             gets the same rows of them.
+        kind: What tells it from other functions of the same name, where they differ in memory.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], owner: Owner, fixed: Sequence[Tensor] = ()
+        self,
+        function: Callable[..., Tensor],
+        owner: Owner,
+        fixed: Sequence[Tensor] = (),
+        kind: str = "",
     ) -> None:
         if owner.micro_batch is not None and owner.micro_batch < 1:
             raise EbmPriorError(f"micro_batch must be at least 1 or None, got {owner.micro_batch}")
-        self.function, self.owner, self.fixed = function, owner, tuple(fixed)
+        self.function, self.owner, self.fixed, self.kind = function, owner, tuple(fixed), kind
         self.rows = slice(None)
 
     def __call__(self, eps: Latents) -> Tensor:
@@ -127,7 +133,9 @@ class MicroBatched:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if len(part) < 2 and self.owner.backbone.checkpointing is not False:
+                # without a gradient nothing is kept that could be computed again
+                last = unflatten is None or self.owner.backbone.checkpointing is not False
+                if len(part) < 2 and last:
                     raise EbmPriorError(
                         "out of memory for a single chain; free some, or use another --device"
                     ) from error
@@ -137,8 +145,8 @@ class MicroBatched:
                 continue
             fit = self.owner.micro_batch = len(part) // 2
             say(
-                f"out of memory for the gradient of {len(part)} chains at once: from now on "
-                f"{fit}, with the same result"
+                f"out of memory for {len(part)} chains at once: from now on {fit}, with the same "
+                "result up to rounding"
             )
         self.rows = slice(None)
         if len(parts) == 1:
@@ -149,14 +157,14 @@ class MicroBatched:
     def that_fit(self, flat: Tensor, unflatten: Callable[[Tensor], Latents]) -> int:
         """Samples to take at a time, at least 1; asked once per density and batch size."""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
-        precision = getattr(self.owner, "precision", None)
-        density = (name, precision, flat.shape[1], flat.dtype, flat.device)
-        known = self.owner.chain_memory
-        if (density, len(flat)) not in known.rows:
-            known.rows[density, len(flat)] = self.choose(density, flat, unflatten)
-        return known.rows[density, len(flat)]
+        precision = getattr(self.owner, "precision", "")
+        density = f"{name} {self.kind} {precision} {flat.dtype} {flat.device} {flat.shape[1]}"
+        batch, known = f"{density} x {len(flat)}", self.owner.chain_memory
+        if batch not in known.rows:
+            known.rows[batch] = self.choose(density, flat, unflatten)
+        return known.rows[batch]
 
-    def choose(self, density: tuple, flat: Tensor, unflatten: Callable) -> int:
+    def choose(self, density: str, flat: Tensor, unflatten: Callable) -> int:
         """As many samples as fit into the memory that is free now."""
         known, backbone = self.owner.chain_memory, self.owner.backbone
         if backbone.checkpointing:
@@ -165,11 +173,10 @@ class MicroBatched:
         if free is None or not len(flat):
             return max(len(flat), 1)
         if density not in known.kept_bytes:
-            self.rows = slice(1)
             # never compiled for a single chain, which takes longer than it could save
             compiled, self.owner.compiled = self.owner.compiled, False
             try:
-                known.kept_bytes[density] = saved_bytes(self, flat[:1], unflatten)
+                known.kept_bytes[density] = self.kept_bytes(flat, unflatten)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -189,9 +196,19 @@ class MicroBatched:
         rows = math.ceil(len(flat) / parts)
         say(
             f"the gradient of {len(flat)} chains at once may take {gib(each * len(flat))} of "
-            f"memory, of which {gib(free)} are free: {rows} at a time, with the same result"
+            f"memory, of which {gib(free)} are free: {rows} at a time, with the same result up to "
+            "rounding"
         )
         return rows
+
+    def kept_bytes(self, flat: Tensor, unflatten: Callable) -> int:
+        """What the gradient of one sample keeps; copies of weights, which all share, aside."""
+        self.rows = slice(1)
+        one = saved_bytes(self, flat[:1], unflatten)
+        if getattr(self.owner, "precision", "fp32") == "fp32" or len(flat) < 2:
+            return one  # without copies
+        self.rows = slice(2)
+        return saved_bytes(self, flat[:2], unflatten) - one
 
     def recompute(self, why: str) -> None:
         """From now on let the backbone compute again what it would keep."""

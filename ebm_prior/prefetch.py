@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from ebm_prior.backbone import Latents
+from ebm_prior.micro_batch import out_of_memory
 
 __all__ = ["Prefetch"]
 
@@ -59,8 +60,10 @@ class Prefetch:
             return None
         try:
             return ahead[1].result()
-        except torch.OutOfMemoryError:  # beside the caller's work; alone it may fit
-            return None
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None  # no memory beside the caller's work; alone it may fit
 
     def _make(self, number: int) -> Latents:
         if self.stream is None:

@@ -262,6 +262,7 @@ class EnergyPrior(nn.Module):
         callback: Callable[[StepInfo], None] | None = None,
         complete: Callable[..., Latents] = tuple,
         held: Sequence[Tensor] = (),
+        kind: str = "",
     ) -> Latents:
         """Chains of the tilted prior from any start.
 
@@ -274,6 +275,7 @@ class EnergyPrior(nn.Module):
             complete: Makes the noise of all groups of a chain's state and of the same samples'
                 `held`, where only some groups move.
             held: One tensor each, (B, *).
+            kind: Says which groups move, as their gradients differ in memory.
 
         Returns:
             The chains' last states, shaped as `eps`.
@@ -282,7 +284,9 @@ class EnergyPrior(nn.Module):
         density = getattr(self, transition.density)
         with frozen(self.heads):
             return transition.chain(
-                MicroBatched(lambda e, *h: density(complete(e, *h), temperature), self, held),
+                MicroBatched(
+                    lambda e, *h: density(complete(e, *h), temperature), self, held, kind
+                ),
                 eps,
                 steps=config.steps,
                 step_size=config.step_size,

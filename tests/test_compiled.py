@@ -9,10 +9,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from backbones.nvae import load
+from backbones.nvae.network import PointwiseConv2d
 from backbones.toy import ToyBackbone
-from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit
+from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit, micro_batch
 from ebm_prior.cli import main
-from ebm_prior.compiled import CompiledEnergy
+from ebm_prior.compiled import MAX_GRAPHS, CompiledEnergy
 from ebm_prior.langevin import flatten, value_and_grad
 from ebm_prior.transitions import TRANSITIONS
 from tests.test_evaluate import EVALUATE, world_in
@@ -75,7 +76,8 @@ def test_chains_are_the_same(backend, transition):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_so_is_a_networks_gradient(backend, precision):
+def test_so_is_a_networks_gradient(backend, precision, monkeypatch):
+    monkeypatch.setattr(PointwiseConv2d, "WORTH", 0)  # the kernels of large networks
     counter = backend(CompileCounterWithBackend("aot_eager"))
     prior = EnergyPrior.for_backbone(load(DIGITS / "checkpoint.pt"), "both", nef=4, ndf=6)
     prior.heads.requires_grad_(False)
@@ -91,6 +93,24 @@ def test_each_batch_size_is_compiled_once(backend):
     for n in (4, 2, 4, 2):
         drawn(prior, n)
     assert counter.frame_count == 2
+
+
+def test_not_for_the_estimate_of_memory(backend, monkeypatch):
+    monkeypatch.setattr(micro_batch, "free_memory", lambda _: 2**40)
+    counter = backend(CompileCounterWithBackend("eager"))
+    prior = small(compiled=True)
+    drawn(prior)
+    assert prior.chain_memory.kept_bytes
+    assert counter.frame_count == 1 and prior.compiled and prior._compiled_energy.works
+
+
+def test_more_sizes_than_torch_keeps_run_as_they_are(backend, capsys):
+    backend("eager")
+    prior = small(compiled=True)
+    for n in range(2, MAX_GRAPHS + 4):
+        drawn(prior, n)
+    assert prior._compiled_energy.works and len(prior._compiled_energy.tried) == MAX_GRAPHS
+    assert "not compiled" not in capsys.readouterr().err
 
 
 def test_only_gradients_are(backend):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from backbones.toy import ToyBackbone
-from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit
+from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit, micro_batch
 from ebm_prior import fit as fit_function
 from ebm_prior.fit import DivergenceError, _Fit
 from ebm_prior.interrupt import Interrupted
@@ -567,3 +567,25 @@ def test_kill_at_ten_random_moments_and_resume(tmp_path):
         )
         subprocess.run([*command, *again], check=True, capture_output=True)
         assert (run / "heads.safetensors").read_bytes() == expected, f"killed after {moment:.1f} s"
+
+
+def test_a_resumed_run_cuts_its_chains_as_it_began(toy, tmp_path, monkeypatch):
+    images = mismatched_images(toy)
+    config = FitConfig(**QUICK | dict(objective="mle", save_every=5))
+
+    def run(name, free, **options):
+        monkeypatch.setattr(micro_batch, "free_memory", lambda _: free)
+        prior = new_prior(toy)
+        fit(prior, images, config, run_dir=tmp_path / name, **options)
+        batch = f" x {config.batch_size}"
+        return [n for key, n in prior.chain_memory.rows.items() if key.endswith(batch)]
+
+    def stop(iteration):
+        if iteration == 10:  # before it is saved: back to 5
+            raise KeyboardInterrupt
+
+    whole = run("whole", 2e4)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", 2e4, on_save=stop)
+    assert run("parts", 1e15, resume=True) == whole
+    assert run("plenty", 1e15) == [config.batch_size] != whole

@@ -11,6 +11,7 @@ from backbones.nvae import load as load_nvae
 from benchmarks.cost import peak_bytes
 from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, memory, micro_batch
 from ebm_prior.cpu import freed_memory
+from ebm_prior.hierarchy import redraw
 from ebm_prior.joint import posterior_chains
 from ebm_prior.langevin import flatten, value_and_grad
 from ebm_prior.memory import free_memory, host_memory, saved_bytes
@@ -135,6 +136,30 @@ def test_every_density_has_its_own_estimate(toy, monkeypatch):
     assert small < large
     log_partition(prior, chains=4, temperatures=3)  # a density per temperature is one density
     assert len(prior.chain_memory.kept_bytes) == 4
+
+
+def test_so_have_the_groups_that_move(nvae_prior, monkeypatch):
+    free(monkeypatch, 1e12)
+    eps = nvae_prior.noise(2)
+    names = [group.name for group in nvae_prior.backbone.groups]
+    for moves in (names[-1], names[-2]):  # the last one alone has no tower below it
+        redraw(nvae_prior, eps, [name for name in names if name != moves])
+    last, above = nvae_prior.chain_memory.kept_bytes.values()
+    assert last < above
+
+
+def test_copies_of_weights_are_counted_once(nvae_prior, monkeypatch):
+    free(monkeypatch, 1e12)
+    prior = EnergyPrior.for_backbone(
+        load(FIXTURES / "nvae" / "mbconv_sep"), nef=4, ndf=8, sampler=nvae_prior.sampler
+    )
+    prior.precision = "bf16"
+    kept = []
+    for n in (1, 2):  # a single one cannot tell
+        prior.chain_memory.kept_bytes.clear()
+        sampled(prior, n)
+        kept += prior.chain_memory.kept_bytes.values()
+    assert kept[1] < kept[0]
 
 
 def test_where_the_estimate_is_wrong_the_number_halves(toy, monkeypatch, capsys):

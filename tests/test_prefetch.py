@@ -9,6 +9,7 @@ from ebm_prior.fit import _Fit
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prefetch import Prefetch
 from tests.test_fit import mismatched_images, new_prior, weights
+from tests.test_micro_batch import ERRORS
 
 CPU = torch.device("cpu")
 STREAMED = dict(
@@ -75,8 +76,9 @@ def test_mps_is_left_to_one_thread():
             assert made == list(range(i + 1))
 
 
-def test_a_batch_without_memory_beside_the_chains_is_made_again_alone():
-    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_a_batch_without_memory_beside_the_chains_is_made_again_alone(error):
+    failures = [error]
 
     def make(number):
         if number == 1 and failures:
@@ -85,8 +87,8 @@ def test_a_batch_without_memory_beside_the_chains_is_made_again_alone():
 
     with Prefetch(make, 3, CPU) as prefetched:
         assert [prefetched(i)[0].item() for i in range(3)] == [0, 1, 2]
-    failures.extend([torch.OutOfMemoryError("CUDA out of memory") for _ in range(2)])
-    with Prefetch(make, 3, CPU) as prefetched, pytest.raises(torch.OutOfMemoryError):
+    failures.extend([error] * 2)
+    with Prefetch(make, 3, CPU) as prefetched, pytest.raises(type(error), match="memory"):
         prefetched(0), prefetched(1)
     assert not running()
 

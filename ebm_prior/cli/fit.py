@@ -254,6 +254,8 @@ def fit(
 
 def refuse_changes(ctx: click.Context, folder: Path, stored: dict) -> None:
     """Raise a usage error if an option differs from what the run was started with."""
+    from ebm_prior.fit import FitConfig
+
     training = stored["training"]
     recorded = {
         "backbone": stored["backbone"]["name"],
@@ -261,7 +263,7 @@ def refuse_changes(ctx: click.Context, folder: Path, stored: dict) -> None:
         "transition": stored["sampler"]["transition"],
         "step_size": stored["sampler"]["step_size"],
         "sample_steps": stored["sampler"]["steps"],
-        **training["fit"],
+        **asdict(FitConfig.from_dict(training["fit"])),  # also what an earlier version had not
     }
     if "data" in training:
         recorded |= {
