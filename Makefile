@@ -33,6 +33,7 @@ lint: $(VENV)/installed
 bench: export OMP_WAIT_POLICY := PASSIVE
 bench: $(VENV)/installed  ## a Langevin step against the published form, scaling, agreement; a quarter of an hour
 	$(BIN)/python -m benchmarks.langevin_step
+	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.memory A B --batch 8
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.gpu

@@ -3,37 +3,56 @@
     python -m benchmarks.gpu [--model cifar10] [--batch 16] [--json FILE]
 
 The forms of `benchmarks.langevin_step`, and `compiled`: ours with `prior.compiled`. Wall time
-with the device synchronised, peak memory as CUDA's allocator counts it. Without a
-CUDA device it says so and measures nothing.
+with the device synchronised, peak memory as CUDA's allocator counts it, and the needed operations
+as a share of what one large convolution reaches, in bf16 for the form `bf16`, else in TF32. A form
+that does not fit into the memory has no numbers. Without a CUDA device it says so and measures
+nothing. Fit iterations and samples per second: `python -m benchmarks.throughput --device cuda`.
 """
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
 
 from benchmarks import langevin_step
-from benchmarks.langevin_step import log_density
+from benchmarks.cost import needed_flops
+from benchmarks.langevin_step import best, log_density
 from benchmarks.models import MODELS, nvae
-from benchmarks.timing import interleaved, median, ratios
+from benchmarks.timing import interleaved, median, ratios, synchronised
 from ebm_prior import EnergyPrior
 from ebm_prior.langevin import flatten, value_and_grad
 
 FORMS = (*langevin_step.FORMS, "compiled")
 
 
-def synchronised() -> float:
-    """Seconds, once the device has done all it was asked to."""
-    torch.cuda.synchronize()
-    return time.perf_counter()
+def fits(call: Callable) -> bool:
+    """Whether there is memory for a call."""
+    try:
+        call()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+
+
+def convolution_rate(dtype: torch.dtype, repeats: int) -> float:
+    """Operations per second of a large 3x3 convolution."""
+    shapes = (64, 256, 64, 64), (256, 256, 3, 3)
+    x, weight = (
+        torch.randn(s, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        for s in shapes
+    )
+    each = best(lambda: torch.conv2d(x, weight, padding=1), repeats, synchronised)
+    return 2 * x.numel() * weight[0].numel() / each  # as many outputs as inputs
 
 
 def measure(model: str, batch: int, repeats: int) -> list[dict]:
-    """Time and peak memory of one step of each form."""
+    """Time and peak memory of one step of each form that fits."""
     torch.manual_seed(0)
     backbone = nvae(model, "cuda")
     _ = backbone.fast
@@ -45,10 +64,14 @@ def measure(model: str, batch: int, repeats: int) -> list[dict]:
         form: lambda function=function: value_and_grad(function, flat, unflatten)
         for form, function in functions.items()
     }
+    calls = {form: call for form, call in calls.items() if fits(call)}
     times = interleaved(calls, repeats, synchronised)
-    milliseconds, gains = median(times), ratios(times, "published")
-    rows = []
-    for form in FORMS:
+    milliseconds = median(times)
+    gains = ratios(times, "published") if "published" in times else {}
+    rates = {dtype: convolution_rate(dtype, repeats) for dtype in (torch.float32, torch.bfloat16)}
+    needed, rows = needed_flops(prior) * batch, []
+    for form in calls:
+        rate = rates[torch.bfloat16 if form == "bf16" else torch.float32]
         function = log_density(prior, form, batch)  # anew: the old one holds its last image
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -59,7 +82,8 @@ def measure(model: str, batch: int, repeats: int) -> list[dict]:
                 "batch": batch,
                 "form": form,
                 "ms": milliseconds[form],
-                "speed_up": gains[form],
+                "speed_up": gains.get(form),
+                "peak_share": needed / (milliseconds[form] / 1e3) / rate,
                 "peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
             }
         )
@@ -81,15 +105,18 @@ def main(models: tuple[str, ...], batches: tuple[int, ...], repeats: int, out: s
         return
     device = torch.cuda.get_device_name()
     click.echo(f"{device}, torch {torch.__version__}; median of {repeats} rounds")
-    click.echo(f"{'model':<12}{'batch':>6}  {'form':<10}{'ms':>9}{'speed':>9}{'peak MiB':>10}")
+    click.echo(
+        f"{'model':<12}{'batch':>6}  {'form':<10}{'ms':>9}{'speed':>9}{'of peak':>9}{'peak MiB':>10}"
+    )
     rows = []
     for model in models:
         for batch in batches:
             for row in measure(model, batch, repeats):
                 rows.append(row)
+                speed = "-" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
                 click.echo(
-                    f"{model:<12}{batch:>6}  {row['form']:<10}{row['ms']:>9.1f}"
-                    f"{row['speed_up']:>8.2f}x{row['peak_mib']:>10.0f}"
+                    f"{model:<12}{batch:>6}  {row['form']:<10}{row['ms']:>9.1f}{speed:>9}"
+                    f"{row['peak_share']:>9.1%}{row['peak_mib']:>10.0f}"
                 )
     if out is not None:
         Path(out).write_text(json.dumps({"device": device, "forms": rows}, indent=1))

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from benchmarks.cost import flops, needed_flops, saved_bytes
 from benchmarks.models import nvae
 from benchmarks.published import Published
-from benchmarks.timing import cpu_model, interleaved, median, ratios
+from benchmarks.timing import cpu_model, interleaved, median, ratios, synchronised
 from ebm_prior import EnergyPrior, load_backbone
 from ebm_prior.cpu import keep_freed_memory
 from ebm_prior.langevin import flatten, value_and_grad
@@ -98,13 +98,20 @@ def part_of(batch: int) -> int:
 
 def floors(prior: EnergyPrior, batch: int, repeats: int) -> dict[str, float]:
     """Milliseconds: needed operations at a matrix product's rate; the convolutions alone."""
-    square = torch.randn(1024, 1024)
-    rate = 2 * len(square) ** 3 / best(lambda: square @ square, repeats)
+    rate = matrix_rate("cpu", repeats)
     return {
         "sgemm_gflops": rate / 1e9,
         "arithmetic_ms": 1e3 * needed_flops(prior) * batch / rate,
         "convolutions_ms": 1e3 * convolution_time(prior, batch, repeats),
     }
+
+
+def matrix_rate(device: str, repeats: int, dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of a large matrix product."""
+    side = 1024 if device == "cpu" else 8192
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    clock = time.process_time if device == "cpu" else synchronised
+    return 2 * len(square) ** 3 / best(lambda: square @ square, repeats, clock)
 
 
 def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
@@ -131,9 +138,9 @@ def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
     return sum(uses[kind] * best(lambda k=kind: run(*kinds[k]), repeats) for kind in kinds)
 
 
-def best(call: Callable, repeats: int) -> float:
+def best(call: Callable, repeats: int, clock: Callable[[], float] = time.process_time) -> float:
     """Shortest of several times, seconds: a floor is not of an average day."""
-    return min(interleaved({"": call}, repeats)[""])
+    return min(interleaved({"": call}, repeats, clock)[""])
 
 
 def peak_memory(model: str, heads: str, ckpt: str | None, form: str, batch: int) -> float | None:

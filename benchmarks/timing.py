@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["cpu_model", "interleaved", "median", "ratios"]
+__all__ = ["cpu_model", "interleaved", "median", "ratios", "synchronised"]
 
 
 def interleaved(
@@ -62,3 +62,9 @@ def cpu_model() -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, torch {torch.__version__}"
+
+
+def synchronised() -> float:
+    """Seconds, once the CUDA device has done all it was asked to."""
+    torch.cuda.synchronize()
+    return time.perf_counter()

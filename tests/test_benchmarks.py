@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, langevin_step, memory, peer, scaling
+from benchmarks import gpu, langevin_step, memory, peer, scaling, throughput
 from benchmarks.models import MODELS
 from benchmarks.timing import interleaved, ratios
 
@@ -64,6 +64,32 @@ def test_scaling(monkeypatch, tmp_path):
         assert found[variable]["flop_exponent"] == pytest.approx(1)
     assert found["groups"]["flop_exponent"] > 1  # the first group has no cells
     assert scaling.exponent((1, 2, 4), [3, 12, 48]) == pytest.approx(2)
+
+
+def test_the_throughput(monkeypatch, tmp_path):
+    tiny = MODELS["A"] | {"num_groups_per_scale": 2, "num_channels_dec": 4, "num_channels_enc": 4}
+    monkeypatch.setitem(MODELS, "A", tiny)
+    out = tmp_path / "x.json"
+    run(throughput.main, "--batch", 2, "--steps", 2, "--repeats", 1, "--json", out)
+    rows = json.loads(out.read_text())["rows"]
+    names = [(row["what"], row["form"]) for row in rows]
+    assert names == [(w, f) for w in ("iteration", "samples") for f in throughput.FORMS]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+        assert 0 < row["floor_share"] < 1
+
+
+def test_the_forms_of_an_iteration_learn_the_same(monkeypatch):
+    tiny = MODELS["A"] | {"num_groups_per_scale": 2, "num_channels_dec": 4, "num_channels_enc": 4}
+    monkeypatch.setitem(MODELS, "A", tiny)
+    backbone = throughput.nvae("A")
+    found = []
+    for form in ("published", "ours"):
+        torch.manual_seed(0)
+        prior = throughput.EnergyPrior.for_backbone(backbone, nef=4, ndf=6)
+        throughput.Work(prior, form, batch=2, steps=1).iteration()  # steps too small to differ
+        found.append(torch.cat([p.detach().flatten() for p in prior.heads.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
