@@ -105,9 +105,8 @@ def main(models: tuple[str, ...], batches: tuple[int, ...], repeats: int, out: s
         return
     device = torch.cuda.get_device_name()
     click.echo(f"{device}, torch {torch.__version__}; median of {repeats} rounds")
-    click.echo(
-        f"{'model':<12}{'batch':>6}  {'form':<10}{'ms':>9}{'speed':>9}{'of peak':>9}{'peak MiB':>10}"
-    )
+    columns = f"{'ms':>9}{'speed':>9}{'of peak':>9}{'peak MiB':>10}"
+    click.echo(f"{'model':<12}{'batch':>6}  {'form':<10}{columns}")
     rows = []
     for model in models:
         for batch in batches:
