@@ -219,7 +219,8 @@ def recomputes_the_same(backbone: Backbone, tolerance: float) -> None:
     finally:
         backbone.checkpointing = before
     all_close(found[1], found[0], tolerance, "gradients with checkpointing")
-    assert kept[1] < kept[0], "a gradient with checkpointing keeps as much as one without"
+    if len(backbone.groups) > 1:  # of a single one there may be nothing to compute again
+        assert kept[1] < kept[0], "a gradient with checkpointing keeps as much as one without"
 
 
 LAWS: tuple[Callable[[Backbone, float], None], ...] = (
