@@ -31,6 +31,14 @@ STATE = "state.safetensors"
 SEEDS = 2**63  # seeds are taken modulo this: torch has none beyond 64 bits
 Progress = Callable[[int, int, dict[str, float]], None]
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and plain values beside them
+TAKES = {
+    float: "a number, 0 or more",
+    int: "a whole number, 0 or more",
+    tuple: "a list of whole numbers, 1 or more",
+    bool: "true or false",
+    str: "a text",
+}
+"""What settings of a type are, for people."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class LoopConfig:
             else:
                 valid = isinstance(value, kind)
             if not valid:
-                raise EbmPriorError(f"{field.name} must not be {value!r}")
+                raise EbmPriorError(f"{field.name} must not be {value!r}: it takes {TAKES[kind]}")
             if kind is tuple:  # a list where it came as JSON
                 object.__setattr__(self, field.name, tuple(value))
         self.require_positive("iterations", "batch_size", "save_every")
