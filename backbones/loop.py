@@ -20,6 +20,7 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.files import check_writable, write_bytes
 from ebm_prior.interrupt import CtrlC, Interrupted
+from ebm_prior.micro_batch import out_of_memory
 from ebm_prior.run import read_state, write_state
 
 __all__ = [
@@ -205,6 +206,8 @@ class Loop(abc.ABC):
             self.step = self.saved = values["step"]
             self.restore((tensors, values))
         except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
             raise EbmPriorError(f"{state} is damaged; start anew with another --out") from error
 
     def save(self, interrupted: bool = False) -> None:

@@ -23,7 +23,7 @@ from benchmarks.cost import needed_flops
 from benchmarks.langevin_step import best, log_density
 from benchmarks.models import MODELS, nvae
 from benchmarks.timing import interleaved, median, ratios, synchronised
-from ebm_prior import EnergyPrior
+from ebm_prior import EbmPriorError, EnergyPrior
 from ebm_prior.langevin import flatten, value_and_grad
 
 FORMS = (*langevin_step.FORMS, "compiled")
@@ -34,7 +34,7 @@ def fits(call: Callable) -> bool:
     try:
         call()
         return True
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, EbmPriorError):  # of a single chain
         return False
     finally:
         torch.cuda.empty_cache()

@@ -695,7 +695,8 @@ class _Fit:
     @chain_rows.setter
     def chain_rows(self, values: dict) -> None:
         self.prior.chain_memory.rows |= values["at_a_time"]
-        self.prior.micro_batch = values["micro_batch"]
+        if self.prior.micro_batch is None:  # else it was set, or halved, since
+            self.prior.micro_batch = values["micro_batch"]
         self.prior.backbone.checkpointing = values["checkpointing"]
 
     def reopen(self, tensors: dict[str, Tensor], meta: dict) -> None:

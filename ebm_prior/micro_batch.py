@@ -160,9 +160,12 @@ class MicroBatched:
         precision = getattr(self.owner, "precision", "")
         density = f"{name} {self.kind} {precision} {flat.dtype} {flat.device} {flat.shape[1]}"
         batch, known = f"{density} x {len(flat)}", self.owner.chain_memory
-        if batch not in known.rows:
-            known.rows[batch] = self.choose(density, flat, unflatten)
-        return known.rows[batch]
+        if batch in known.rows:
+            return known.rows[batch]
+        rows = self.choose(density, flat, unflatten)
+        if not self.owner.backbone.checkpointing:  # else it holds only as long as that is on
+            known.rows[batch] = rows
+        return rows
 
     def choose(self, density: str, flat: Tensor, unflatten: Callable) -> int:
         """As many samples as fit into the memory that is free now."""

@@ -132,6 +132,8 @@ def test_every_file_is_explained_and_listed():
         assert f"# {kind} {number}:" in head and "set -euo pipefail" in head
         assert all(f"# {word}" in head for word in ("Data:", "Cost:", "Needs:", "Instead:"))
         assert f"`{script}`" in listed and os.access(PAPER / script, os.X_OK)
+        assert "not measured" not in head
+    assert "TODO" not in listed and "not measured" not in listed
 
 
 TOY = ["--minutes", "0.0005", "-n", "40", "--set", "batch_size=10"]

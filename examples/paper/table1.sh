@@ -6,7 +6,7 @@
 #
 # Data: DATA, MNIST by default. Of the paper: DATA=svhn, cifar10 or celeba, then with its sizes,
 #   DATA=cifar10 MINUTES=600 table1.sh --device cuda --set ngf=128 -n 50000
-# Cost: 6 methods x MINUTES (3), then not measured seconds for the timing and the distances.
+# Cost: 6 methods x MINUTES (3), and about one more for each: timing, start, distances.
 # Needs: the download of DATA; of colour images also pytorch-fid's of Inception, or FEATURES.
 # Instead: MNIST in place of the colour images; in place of Inception, FEATURES=FILE of
 #   python -m ebm_prior.metrics.classifier --data DATA --title NAME --out FILE
