@@ -17,10 +17,11 @@ from torch import Tensor
 from ebm_prior.chains import LongChains, long_chains
 from ebm_prior.diagnostics import Mixing
 from ebm_prior.files import finite
+from ebm_prior.memory import rows_in_memory
 from ebm_prior.metrics import FeatureNetwork, FeatureStatistics, frechet_distance
 from ebm_prior.prior import EnergyPrior, SamplerConfig
 from ebm_prior.tables import Table
-from ebm_prior.two_sample import AggregatePosterior, TwoSample, rows_in_memory
+from ebm_prior.two_sample import AggregatePosterior, TwoSample
 
 __all__ = ["AT", "ChainStudy", "Pixels", "study"]
 

@@ -13,7 +13,7 @@ and the baseline is weaker than it could be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,13 @@ from torch import Tensor
 from ebm_prior.backbone import Latents
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.langevin import Generators, flatten, randn
+from ebm_prior.memory import rows_in_memory
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior
 
 __all__ = ["GaussianFit"]
 
 DRAWS = 10_000
-MEMORY = 1 << 28  # numbers, 1 GiB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +36,14 @@ class GaussianFit:
     """A Gaussian over eps with the mean and covariance of posterior draws.
 
     Attributes:
-        shapes: Of every group.
         mean: (D,).
         deviations: Of the draws from their mean, (n, D).
+        unflatten: Makes a tensor per group of (B, D).
     """
 
-    shapes: Sequence[tuple[int, ...]]
     mean: Tensor
     deviations: Tensor
+    unflatten: Callable[[Tensor], Latents]
 
     @classmethod
     @torch.no_grad()
@@ -61,15 +61,16 @@ class GaussianFit:
             EbmPriorError: If there are fewer than two, or the backbone cannot invert them.
         """
         backbone = prior.backbone
-        n = min(n, len(images), max(MEMORY // sum(group.numel for group in backbone.groups), 2))
+        n = min(n, len(images), rows_in_memory(sum(group.numel for group in backbone.groups)))
         if n < 2:
             raise EbmPriorError(f"a Gaussian is fitted to at least two images, got {n}")
         draws = PosteriorStream(prior, images).picked(n, seed)
-        rows = torch.cat([flatten(backbone.inverse(z))[0] for z in draws])
+        flat, ways = zip(*(flatten(backbone.inverse(z)) for z in draws), strict=True)
+        rows = torch.cat(flat)
         if not rows.isfinite().all():
             raise EbmPriorError("no Gaussian fits: T^-1 of some posterior draws is not finite")
         mean = rows.mean(0)
-        return cls([group.shape for group in backbone.groups], mean, rows.sub_(mean))
+        return cls(mean, rows.sub_(mean), ways[0])
 
     @property
     def n(self) -> int:
@@ -84,9 +85,4 @@ class GaussianFit:
             generator: One generator, or one per draw.
         """
         weights = randn(self.mean.new_empty(count, self.n), generator)
-        flat = self.mean + weights @ self.deviations / (self.n - 1) ** 0.5
-        sizes = [torch.Size(shape).numel() for shape in self.shapes]
-        return tuple(
-            part.reshape(count, *shape)
-            for part, shape in zip(flat.split(sizes, 1), self.shapes, strict=True)
-        )
+        return self.unflatten(self.mean + weights @ self.deviations / (self.n - 1) ** 0.5)

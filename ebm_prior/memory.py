@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from ebm_prior.cpu import freed_memory
 from ebm_prior.ranks import processes_here
 
-__all__ = ["free_memory", "recomputed", "saved_bytes"]
+__all__ = ["free_memory", "recomputed", "rows_in_memory", "saved_bytes"]
+
+LATENTS_KEPT = 1 << 28  # numbers, 1 GiB in float32
 
 
 def saved_bytes(function: Callable, flat: Tensor, unflatten: Callable) -> int:
@@ -53,6 +55,11 @@ def recomputed(function: Callable, *inputs: Any) -> Any:
         inputs: Its arguments.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def rows_in_memory(units: int, sets: int = 1) -> int:
+    """How many latents of so many units to keep, of each of several sets; two at least."""
+    return max(LATENTS_KEPT // (units * sets), 2)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.langevin import flatten
+from ebm_prior.memory import rows_in_memory
 from ebm_prior.posterior_cache import PosteriorStream
 from ebm_prior.prior import EnergyPrior
 
-__all__ = ["AggregatePosterior", "TwoSample", "energy_test", "rows_in_memory"]
+__all__ = ["AggregatePosterior", "TwoSample", "energy_test"]
 
 PERMUTATIONS = 999
 DRAWS = 500  # of the aggregate posterior
-MEMORY = 1 << 28  # numbers of one set of latents, 1 GiB in float32
 
 
 class TwoSample(NamedTuple):
@@ -84,11 +84,6 @@ def energy_test(
     # a shuffle that changes nothing counts as equal, whatever the order of its sum
     beyond = found[1:] >= found[0] - 1e-12 * distances.max()
     return TwoSample(float(found[0]), float((1 + beyond.sum()) / (1 + permutations)))
-
-
-def rows_in_memory(units: int, sets: int = 1) -> int:
-    """How many latents of so many units to keep, of each of several sets; two at least."""
-    return max(MEMORY // (units * sets), 2)
 
 
 @dataclass(frozen=True, eq=False)

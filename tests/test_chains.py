@@ -201,7 +201,7 @@ def test_latents_move_towards_the_aggregate_posterior_and_only_what_fits_is_kept
     monkeypatch.setattr(
         AggregatePosterior, "of", lambda *_: AggregatePosterior(mean * 0, mean * 0 + 1, draws)
     )
-    monkeypatch.setattr("ebm_prior.two_sample.MEMORY", 2 * 5 * 150)
+    monkeypatch.setattr("ebm_prior.memory.LATENTS_KEPT", 2 * 5 * 150)
     reference = torch.zeros(50, 1, 4, 4, dtype=torch.uint8)
     config = SamplerConfig("pcnl", 60, 0.3)
     found = study(prior, range(200), [config], at=(0, 60), reference=reference, batch_size=90)

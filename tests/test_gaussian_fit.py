@@ -87,7 +87,7 @@ def test_draws_are_reproducible_and_have_their_own_seeds(world, monkeypatch):
     part = flatten(first.sample_eps(2, [seeded(3), seeded(1)]))[0]
     torch.testing.assert_close(part, whole[[3, 1]])
     assert [e.shape[1:] for e in first.sample_eps(1)] == [(2,), (3,)]
-    monkeypatch.setattr("ebm_prior.gaussian_fit.MEMORY", 5 * 7)
+    monkeypatch.setattr("ebm_prior.memory.LATENTS_KEPT", 5 * 7)
     assert GaussianFit.of(prior, images, 20).n == 7
     assert GaussianFit.of(prior, images[:5], 20).n == 5
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ebm_prior import EbmPriorError, EnergyPrior
-from ebm_prior.two_sample import AggregatePosterior, energy_test, rows_in_memory
+from ebm_prior.memory import rows_in_memory
+from ebm_prior.two_sample import AggregatePosterior, energy_test
 
 
 def normal(n, d=1, mean=0.0, seed=0):
@@ -105,7 +106,7 @@ def test_constant_units_and_short_memory(toy, monkeypatch):
     )
     constant = AggregatePosterior.of(prior, images)
     assert (constant.std == 1).all() and (constant.draws == 0).all() and len(constant.draws) == 15
-    monkeypatch.setattr("ebm_prior.two_sample.MEMORY", 5 * 6)
+    monkeypatch.setattr("ebm_prior.memory.LATENTS_KEPT", 5 * 6)
     assert len(AggregatePosterior.of(prior, images).draws) == 6
     assert rows_in_memory(5, sets=2) == 3 and rows_in_memory(1000) == 2
 
