@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.nvae.network import TOP_SIGMA, log_normal
+from backbones.nvae.network import RESIDUAL_SCALE, TOP_SIGMA, Cell, log_normal
 from ebm_prior import EnergyPrior
 
 __all__ = ["Published"]
@@ -18,10 +18,10 @@ __all__ = ["Published"]
 class Published:
     """log p(z) - E(z) at z = T(eps), through the plain network.
 
-    Batch norms and weight norms are applied at every call, the activation is the public code's,
-    the image is decoded at every step and held through the backward pass, and log p(z) is
-    differentiated: its gradient with respect to eps is -eps - grad sum log sigma, which is not
-    the paper's score (App. A.3). The heads are the same as ours.
+    Batch norms and weight norms are applied at every call, activation and residual sums are the
+    public code's, the image is decoded at every step and held through the backward pass, and
+    log p(z) is differentiated: its gradient with respect to eps is -eps - grad sum log sigma,
+    which is not the paper's score (App. A.3). The heads are the same as ours.
 
     Args:
         prior: Heads on an NVAE.
@@ -32,6 +32,7 @@ class Published:
         self.logits: Tensor | None = None
 
     @patch.object(F, "silu", lambda x: Swish.apply(x))
+    @patch.object(Cell, "forward", lambda cell, x: cell_as_published(cell, x))
     def __call__(self, eps: Sequence[Tensor]) -> Tensor:
         """Noise, one (B, *shape) per group, to (B,), nats."""
         self.logits = None
@@ -50,6 +51,16 @@ class Published:
         _, features = network.descend(draw)
         self.logits = network.decode(features)
         return sum(log_p) - self.prior.energies_of(self.prior.head_inputs(z, features)).sum(1)
+
+
+def cell_as_published(cell: Cell, x: Tensor) -> Tensor:
+    """skip(x) + 0.1 * (operations(x) * gate), each a pass over the whole tensor."""
+    y = x
+    for operation in cell._ops:
+        y = operation(y)
+    if cell.use_se:
+        y = y * cell.se.se(y.mean((2, 3)))[:, :, None, None]
+    return cell.skip(x) + RESIDUAL_SCALE * y
 
 
 class Swish(torch.autograd.Function):

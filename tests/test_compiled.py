@@ -8,8 +8,7 @@ from click.testing import CliRunner
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from backbones.nvae import load
-from backbones.nvae.network import PointwiseConv2d
+from backbones.nvae import frozen, load
 from backbones.toy import ToyBackbone
 from ebm_prior import EbmPriorError, EnergyPrior, FitConfig, SamplerConfig, fit, micro_batch
 from ebm_prior.cli import main
@@ -77,7 +76,7 @@ def test_chains_are_the_same(backend, transition):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_so_is_a_networks_gradient(backend, precision, monkeypatch):
-    monkeypatch.setattr(PointwiseConv2d, "WORTH", 0)  # the kernels of large networks
+    monkeypatch.setattr(frozen, "WORTH", 0)  # the kernels of large networks
     counter = backend(CompileCounterWithBackend("aot_eager"))
     prior = EnergyPrior.for_backbone(load(DIGITS / "checkpoint.pt"), "both", nef=4, ndf=6)
     prior.heads.requires_grad_(False)

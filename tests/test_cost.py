@@ -38,8 +38,9 @@ def tiny(request):
 # no latent depends on, and at the doublings of B convolves 1x1 on four times the pixels.
 # Bytes: of a mobile cell, in units of its input, the plain form keeps 39 (the inputs of four
 # batch norms, three convolutions and two activations, six of which are six wide) and the
-# folded one 25 (no batch norms); the rest of the difference is the decoder.
-@pytest.mark.parametrize("model, operations, kept", [("A", 0.92, 0.57), ("B", 0.87, 0.57)])
+# folded one 13 (of its convolutions and activations each input once); the rest of the
+# difference is the decoder.
+@pytest.mark.parametrize("model, operations, kept", [("A", 0.92, 0.33), ("B", 0.87, 0.33)])
 def test_a_step_costs_a_stated_share_of_the_published_one(model, operations, kept):
     prior = EnergyPrior.for_backbone(nvae(model, passes=0)).requires_grad_(False)
     backbone, fast = prior.backbone, prior.backbone.fast
@@ -57,7 +58,7 @@ def test_a_step_costs_a_stated_share_of_the_published_one(model, operations, kep
     assert bytes_of[0] < kept * bytes_of[1]
     # Micro-batches rely on this: what is kept is nearly all that a step takes at one time.
     step = peak_bytes(lambda: value_and_grad(prior.log_density, flat, unflatten))
-    assert step == pytest.approx(2 * bytes_of[0], rel=0.02)
+    assert step == pytest.approx(2 * bytes_of[0], rel=0.04)
     backbone.checkpointing = True
     assert saved_bytes(prior.log_density, flat, unflatten) < bytes_of[0] / 8
     again = peak_bytes(lambda: value_and_grad(prior.log_density, flat, unflatten))

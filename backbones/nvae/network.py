@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.nvae.frozen import PointwiseConv2d, SwishConv2d, gated_sum
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.memory import recomputed
 
@@ -115,36 +116,6 @@ def _normalize(weight: Tensor, log_norm: Tensor) -> Tensor:
     """exp(log_norm) * W / (||W|| + 1e-5), the norm per output channel."""
     norm = weight.square().sum((1, 2, 3), keepdim=True).sqrt()
     return log_norm.exp() * weight / (norm + 1e-5)
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution of stride 1 that is as fast on one thread as it could be.
-
-    There torch gives 1x1 convolutions of fewer than 16 samples a kernel of their own, a sixth
-    slower than the one for larger batches. To a 1x1 convolution any 16 equal parts of the pixels
-    are 16 samples; in channels-last tensors they are a view.
-    """
-
-    WORTH = 2**26  # multiplications; below, the views cost as much as they save
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H, W)."""
-        batch, channels, height, width = x.shape
-        pixels = batch * height * width
-        if (
-            torch.compiler.is_compiling()  # which chooses its own kernels
-            or x.device.type != "cpu"
-            or batch >= 16
-            or pixels % 16
-            or pixels * self.weight.numel() < self.WORTH
-            or torch.get_num_threads() > 1
-            or x.dtype != torch.float32
-            or not x.is_contiguous(memory_format=torch.channels_last)
-        ):
-            return super().forward(x)
-        parts = x.permute(0, 2, 3, 1).reshape(16, 1, pixels // 16, channels)
-        y = super().forward(parts.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return y.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _plain_conv(like: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
@@ -365,15 +336,13 @@ class InvertedResidual(nn.Module):
         """
         bn, widen, spatial, narrow, last = list(self.conv)[-5:]
         widening = _conv_then_bn(_bn_then_pointwise(bn.bn, widen.conv[0]), widen.conv[1])
-        middle = [nn.UpsamplingNearest2d(scale_factor=2)] if self.upsample else []
-        return nn.Sequential(
-            widening,
-            nn.SiLU(),
-            *middle,
-            _conv_then_bn(spatial.conv[0], spatial.conv[1]),
-            nn.SiLU(),
-            _conv_then_bn(narrow, last.bn),
-        )
+        middle = _conv_then_bn(spatial.conv[0], spatial.conv[1])
+        narrowing = _conv_then_bn(narrow, last.bn)
+        if middle.stride == (1, 1):
+            middle = SwishConv2d(middle, self.upsample)
+        else:  # of an encoder, through which no gradient goes
+            middle = nn.Sequential(nn.SiLU(), middle)
+        return nn.Sequential(widening, middle, SwishConv2d(narrowing))
 
 
 _MOBILE = re.compile(r"mconv_e(\d+)k(\d+)g(\d+)")
@@ -402,7 +371,7 @@ def _operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Module:
 
 
 class SqueezeExcitation(nn.Module):
-    """Per-channel gate in (0, 1) computed from the channel means."""
+    """Adds a branch of which every channel is gated, by what the channels' means say."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -411,9 +380,9 @@ class SqueezeExcitation(nn.Module):
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to gates (B, C, 1, 1)."""
-        return self.se(x.mean((2, 3)))[:, :, None, None]
+    def forward(self, skip: Tensor, y: Tensor) -> Tensor:
+        """Skip + 0.1 * gate * y, both (B, C, H, W), with gates (B, C) in (0, 1)."""
+        return gated_sum(skip, y, self.se, RESIDUAL_SCALE)
 
 
 class DownSkip(nn.Module):
@@ -485,7 +454,7 @@ class Cell(nn.Module):
         for operation in self._ops:
             y = operation(y)
         if self.use_se:
-            return torch.addcmul(self.skip(x), y, self.se(y), value=RESIDUAL_SCALE)
+            return self.se(self.skip(x), y)
         return torch.add(self.skip(x), y, alpha=RESIDUAL_SCALE)
 
     def folded(self) -> Cell:

@@ -1,0 +1,112 @@
+"""Backward passes written by hand: exact, half the memory, and only where weights are frozen."""
+
+import pytest
+import torch
+from torch import nn
+
+from backbones.nvae.frozen import SwishConv2d, gated_sum
+from ebm_prior.memory import saved_bytes
+
+
+def swish_conv(kernel, groups, doubled, c_in=6, c_out=6):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups)
+    return SwishConv2d(conv.requires_grad_(False), doubled).double()
+
+
+def gate(channels=6):
+    torch.manual_seed(0)
+    layers = nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, channels), nn.Sigmoid()
+    return nn.Sequential(*layers).requires_grad_(False).double()
+
+
+def plain(module, *inputs):
+    """The same without a backward pass of its own: a weight trains."""
+    module.requires_grad_(True)
+    out = module(*inputs)
+    module.requires_grad_(False)
+    return out
+
+
+class Gated(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, skip, y):
+        return gated_sum(skip, y, self.layers, 0.1)
+
+
+CASES = {
+    "depthwise": (swish_conv(5, 6, False), 1),
+    "depthwise after doubling": (swish_conv(3, 6, True), 1),
+    "grouped": (swish_conv(3, 2, False, 6, 4), 1),
+    "dense": (swish_conv(3, 1, False, 6, 3), 1),
+    "pointwise": (swish_conv(1, 1, False, 6, 2), 1),
+    "pointwise after doubling": (swish_conv(1, 1, True), 1),
+    "gate": (Gated(gate()), 2),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    module, count = CASES[request.param]
+    torch.manual_seed(1)
+    return module, [torch.randn(2, 6, 4, 4).double().requires_grad_() for _ in range(count)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_against_finite_differences(case, layout):
+    module, inputs = case
+    inputs = [x.detach().to(memory_format=layout).requires_grad_() for x in inputs]
+    assert module(*inputs).grad_fn.name().startswith("_")  # one of ours
+    assert torch.autograd.gradcheck(module, inputs)
+
+
+def test_against_plain_operations(case):
+    module, inputs = case
+    torch.testing.assert_close(module(*inputs), plain(module, *inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(module(*inputs), plain(module, *inputs))
+
+
+def test_weights_that_train_have_gradients(case):
+    module, inputs = case
+    module.requires_grad_(True)
+    grads = torch.autograd.grad(module(*inputs).square().sum(), list(module.parameters()))
+    module.requires_grad_(False)
+    assert all(grad.any() for grad in grads)
+
+
+def test_differentiating_twice_is_refused_not_wrong(case):
+    module, inputs = case
+    grads = torch.autograd.grad(module(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+def test_in_bfloat16(case):
+    """Types follow the inputs, as with autograd, and values agree."""
+    module, inputs = case
+    module.float()
+    found = []
+    for call in (module, lambda *x: plain(module, *x)):
+        points = [x.detach().float().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(*points)
+        grads = torch.autograd.grad(out.float().square().sum(), points)
+        found.append((out, *grads))
+    module.double()
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+def test_half_is_kept():
+    module = swish_conv(5, 6, False)
+    flat = torch.randn(2, 6 * 8 * 8).double()
+
+    def kept(call):
+        return saved_bytes(lambda x: call(2 * x), flat, lambda x: x.view(2, 6, 8, 8))
+
+    one = 8 * flat.numel()
+    assert kept(module) == one
+    assert kept(lambda x: plain(module, x)) == 2 * one
