@@ -80,7 +80,7 @@ def test_they_are_what_a_step_takes(folder):
     flat, unflatten = flatten(prior.noise(3))
     kept = saved_bytes(prior.log_density, flat[:1], unflatten)
     peak = peak_bytes(lambda: value_and_grad(prior.log_density, flat, unflatten))
-    assert 0.95 < peak / (3 * kept) < 1.15
+    assert 0.95 < peak / (3 * kept) < 1.2
 
 
 # --- how many chains at once --------------------------------------------------------------
