@@ -27,7 +27,7 @@ from backbones.nvae.checkpoint import (
 )
 from backbones.nvae.frozen import PointwiseConv2d
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce_bits
-from backbones.nvae.network import Network
+from backbones.nvae.network import Cell, Network
 from backbones.nvae.pretrain import elbo
 from benchmarks.parity import errors
 from ebm_prior import EbmPriorError
@@ -149,6 +149,19 @@ def test_folding_changes_nothing(architecture):
             torch.testing.assert_close(getattr(b, field), getattr(a, field))
     torch.testing.assert_close(folded_state, state)
     torch.testing.assert_close(folded.decode(state), network.decode(state))
+
+
+@pytest.mark.parametrize("stride", [1, 2, -1])
+@pytest.mark.parametrize("operation", ["mconv_e3k1g0", "mconv_e2k1g4", "mconv_e2k3g2"])
+def test_folding_cells_of_any_kernel_and_groups(operation, stride):
+    cell = Cell(8, 8, stride, [operation], use_se=True).double()
+    cell(torch.randn(4, 8, 4, 4).double())  # batch norms differ from identities
+    folded = copy.deepcopy(cell.eval()).folded().requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4).double()
+    torch.testing.assert_close(folded(x), cell(x))
+    x.requires_grad_()
+    found = ((c(x), *torch.autograd.grad(c(x).square().sum(), x)) for c in (folded, cell))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def _normalize(weight: Tensor, log_norm: Tensor) -> Tensor:
 
 def _plain_conv(like: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A convolution shaped like `like` with the given weight and bias."""
-    kind = PointwiseConv2d if like.kernel_size == like.stride == (1, 1) else nn.Conv2d
+    pointwise = like.kernel_size == like.stride == (1, 1) and like.groups == 1
+    kind = PointwiseConv2d if pointwise else nn.Conv2d
     conv = kind(
         weight.shape[1] * like.groups, len(weight), like.kernel_size, like.stride,
         like.padding, like.dilation, like.groups, bias=False,
