@@ -71,11 +71,22 @@ def test_against_plain_operations(case):
 
 
 def test_weights_that_train_have_gradients(case):
+    """All of them, or any one alone."""
     module, inputs = case
-    module.requires_grad_(True)
-    grads = torch.autograd.grad(module(*inputs).square().sum(), list(module.parameters()))
-    module.requires_grad_(False)
-    assert all(grad.any() for grad in grads)
+    every = list(module.parameters())
+    for trained in (every, *([weight] for weight in every)):
+        for weight in trained:
+            weight.requires_grad_(True)
+        grads = torch.autograd.grad(module(*inputs).square().sum(), trained)
+        module.requires_grad_(False)
+        assert all(grad.any() for grad in grads)
+
+
+def test_an_empty_batch(case):
+    module, inputs = case
+    inputs = [x[:0].detach().requires_grad_() for x in inputs]
+    for grad, x in zip(torch.autograd.grad(module(*inputs).sum(), inputs), inputs, strict=True):
+        assert grad.shape == x.shape
 
 
 def test_differentiated_twice(case):

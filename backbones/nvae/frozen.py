@@ -75,11 +75,11 @@ class SwishConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W), or twice the height and width."""
-        if in_one_pass(x, self.conv.weight):
-            conv = self.conv
+        conv = self.conv
+        if in_one_pass(x, conv.weight, conv.bias):
             return _SwishConv.apply(x, conv.weight, conv.bias, conv.groups, self.doubled)
         y = F.silu(x)
-        return self.conv(F.interpolate(y, scale_factor=2) if self.doubled else y)
+        return conv(F.interpolate(y, scale_factor=2) if self.doubled else y)
 
 
 def gated_sum(skip: Tensor, y: Tensor, gate: nn.Sequential, scale: float) -> Tensor:
@@ -91,18 +91,18 @@ def gated_sum(skip: Tensor, y: Tensor, gate: nn.Sequential, scale: float) -> Ten
         gate: Linear, ReLU, Linear, sigmoid: (B, C) to (B, C).
         scale: A constant.
     """
-    if in_one_pass(y, gate[0].weight):
-        weights = gate[0].weight, gate[0].bias, gate[2].weight, gate[2].bias
+    weights = gate[0].weight, gate[0].bias, gate[2].weight, gate[2].bias
+    if in_one_pass(y, *weights):
         return _GatedSum.apply(skip, y, *weights, scale)
     return torch.addcmul(skip, y, gate(y.mean((2, 3)))[:, :, None, None], value=scale)
 
 
-def in_one_pass(x: Tensor, weight: Tensor) -> bool:
+def in_one_pass(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether a gradient of x alone is taken, by torch itself."""
     return (
         torch.is_grad_enabled()
         and x.requires_grad
-        and not weight.requires_grad
+        and not any(weight is not None and weight.requires_grad for weight in weights)
         and not torch.compiler.is_compiling()
     )
 
@@ -173,7 +173,7 @@ class _GatedSum(torch.autograd.Function):
         # means -> hidden -> logits -> gate, from behind, all (B, channels)
         to_logits = ctx.scale * (grad * y).sum((2, 3)) * gate * (1 - gate)
         to_hidden = (to_logits.to(w2.dtype) @ w2) * (hidden > 0)
-        to_means = (to_hidden @ w1).to(grad.dtype) / y[0, 0].numel()
+        to_means = (to_hidden @ w1).to(grad.dtype) / y.shape[2:].numel()
         gate = gate.to(grad.dtype)
         to_y = torch.addcmul(
             to_means[:, :, None, None], grad, gate[:, :, None, None], value=ctx.scale
