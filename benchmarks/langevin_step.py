@@ -32,6 +32,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from backbones.nvae.frozen import SwishConv2d, adjoint
 from benchmarks.cost import flops, saved_bytes
 from benchmarks.models import nvae
 from benchmarks.published import Published
@@ -119,7 +120,7 @@ def matrix_rate(repeats: int) -> float:
 
 
 def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
-    """Seconds of all convolutions of one step, forward and back to their inputs."""
+    """Seconds of all convolutions of one step, forward and back to their inputs, as ours go."""
     uses: Counter = Counter()
     kinds: dict[tuple, tuple[nn.Conv2d, Tensor]] = {}
 
@@ -130,10 +131,16 @@ def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
         kinds[kind] = (conv, inputs[0].detach().clone())
 
     def run(conv: nn.Conv2d, x: Tensor) -> None:
-        y = conv(x.requires_grad_())
-        torch.autograd.grad(y, x, torch.ones_like(y))
+        if conv in by_hand:
+            with torch.no_grad():
+                y = conv(x)
+                adjoint(torch.ones_like(y), conv.weight, conv.groups)
+        else:
+            y = conv(x.requires_grad_())
+            torch.autograd.grad(y, x, torch.ones_like(y))
 
     modules = [*prior.backbone.fast.modules(), *prior.heads.modules()]
+    by_hand = {m.conv for m in modules if isinstance(m, SwishConv2d)}
     hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
         prior.energy_of_noise(prior.noise(batch))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PointwiseConv2d", "SwishConv2d", "gated_sum"]
+__all__ = ["PointwiseConv2d", "SwishConv2d", "adjoint", "gated_sum"]
 
 WORTH = 2**26  # multiplications of a 1x1 convolution; below, views cost as much as they save
 
@@ -65,7 +65,7 @@ class SwishConv2d(nn.Module):
     """conv(swish(x)), or conv(double(swish(x))) with nearest neighbours.
 
     Args:
-        conv: With an odd kernel, stride 1, and padding that keeps the size.
+        conv: With an odd kernel, stride and dilation 1, and padding that keeps the size.
         doubled: Whether height and width double in front of it.
     """
 
@@ -124,10 +124,7 @@ class _SwishConv(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             y = swish_conv(x.to(grad.dtype), weight.to(grad.dtype), None, ctx.groups, ctx.doubled)
             return *torch.autograd.grad(y, x, grad, create_graph=True), None, None, None, None
-        # The adjoint is a convolution too: the kernel flipped, inputs and outputs exchanged.
-        # oneDNN's depthwise kernels take a third less time for it than for the same gradient.
-        parts = weight.to(grad.dtype).unflatten(0, (ctx.groups, -1))
-        grad = convolution(grad, parts.transpose(1, 2).flatten(0, 1).flip(2, 3), None, ctx.groups)
+        grad = adjoint(grad, weight.to(grad.dtype), ctx.groups)
         if ctx.doubled:
             grad = 4 * F.avg_pool2d(grad, 2)
         return torch.ops.aten.silu_backward(grad.to(x.dtype), x), None, None, None, None
@@ -146,6 +143,16 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
     if weight.shape[-2:] == (1, 1) and groups == 1:
         return pointwise(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
+
+
+def adjoint(grad: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Gradient of the input of `convolution`, from that of its output.
+
+    It is a convolution too: the kernel flipped, inputs and outputs exchanged. oneDNN's depthwise
+    kernels take a third less time for it than for the same gradient.
+    """
+    parts = weight.unflatten(0, (groups, -1))
+    return convolution(grad, parts.transpose(1, 2).flatten(0, 1).flip(2, 3), None, groups)
 
 
 class _GatedSum(torch.autograd.Function):
