@@ -3,7 +3,7 @@
 # fitted on the frozen model. The paper's heads are factorized; joint is this library's default.
 #
 # Data: what the checkpoint was trained on, or DATA.
-# Cost: two fits of 6 to 8 minutes on two cores, and the distances.
+# Cost: 13 minutes of one core: two fits, 3 and 7, and the distances.
 # Needs: CKPT=nvae_cifar.pt, a checkpoint.pt as NVAE's own code writes it, and for colour images
 #   pytorch-fid's download of Inception, or FEATURES.
 #   CKPT=nvae_cifar.pt N=50000 DEVICE=cuda FIT="--preset paper" KINDS=factorized table2.sh
