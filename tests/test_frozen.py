@@ -100,6 +100,24 @@ def test_differentiated_twice(case):
     )
 
 
+def test_transformed_by_torch_func(case):
+    module, inputs = case
+    (want,) = torch.autograd.grad(module(*inputs).square().sum(), inputs[-1:])
+    others = [x.detach() for x in inputs[:-1]]
+    points = inputs[-1].detach()
+
+    def energy(x):
+        return module(*others, x).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(energy)(points), want)
+
+    def of_one(x, *rest):
+        return module(*(y[None] for y in rest), x[None]).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(of_one))(points, *others)
+    torch.testing.assert_close(found, want)
+
+
 def test_in_bfloat16(case):
     """Types follow the inputs, as with autograd, and values agree."""
     module, inputs = case

@@ -2,9 +2,9 @@
 
 Autograd keeps what a weight's gradient would need too, and goes through a cell in many passes
 over its largest tensors. The backward passes written out here keep half as much, and are exact.
-They belong to weights that do not train: where one does, where nothing is differentiated, or
-where a compiler chooses what to keep, the same layers run as plain operations. So does a
-backward pass that is to be differentiated again.
+They belong to weights that do not train: where one does, where nothing is differentiated, where
+`torch.func` transforms them, or where a compiler chooses what to keep, the same layers run as
+plain operations. So does a backward pass that is to be differentiated again.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def in_one_pass(x: Tensor, *weights: Tensor | None) -> bool:
         and x.requires_grad
         and not any(weight is not None and weight.requires_grad for weight in weights)
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # those of torch.func
     )
 
 
