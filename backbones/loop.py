@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 STATE = "state.safetensors"
+SAVE_SECONDS = 300  # at the latest, so that a kill costs no more of a large model's time
 SEEDS = 2**63  # seeds are taken modulo this: torch has none beyond 64 bits
 Progress = Callable[[int, int, dict[str, float]], None]
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and plain values beside them
@@ -50,7 +52,7 @@ class LoopConfig:
         iterations: Optimizer steps.
         epochs: Passes over the images; where given, decides `iterations`.
         batch_size: Images per step.
-        save_every: Steps between saves of the state to resume from.
+        save_every: Steps between saves of the state to resume from; slow steps save more often.
         seed: Seed of everything random.
     """
 
@@ -242,6 +244,7 @@ class Loop(abc.ABC):
             disable=None if progress is None else True,
         )
         with bar, CtrlC() as ctrl_c:
+            began = time.monotonic()
             while self.step < total:
                 metrics = self.one_step()
                 if metrics is None:
@@ -252,8 +255,10 @@ class Loop(abc.ABC):
                     progress(self.step, total, metrics)
                 bar.set_postfix({self.shown: f"{metrics[self.shown]:.1f}"}, refresh=False)
                 bar.update()
-                if self.step % self.config.save_every == 0 or self.step == total:
-                    self.save()
+                regular = self.step % self.config.save_every == 0 or self.step == total
+                if regular or time.monotonic() - began > SAVE_SECONDS:
+                    self.save(interrupted=not regular)
+                    began = time.monotonic()
                 if ctrl_c.pressed:
                     if self.saved != self.step:
                         self.save(interrupted=True)

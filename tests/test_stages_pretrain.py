@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from torch.distributions import Normal, kl_divergence
 
+from backbones import loop
 from backbones.biva import checkpoint as biva_format
 from backbones.biva import pretrain as biva
 from backbones.hvae import checkpoint as hvae_format
@@ -96,8 +97,11 @@ def test_it_learns_and_the_folder_is_the_network_in_memory(tmp_path, module, cha
     check_backbone(loaded, 1e-3)
 
 
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("module", FAMILIES.values(), ids=FAMILIES)
-def test_resuming_gives_identical_weights(tmp_path, module):
+def test_resuming_gives_identical_weights(tmp_path, monkeypatch, module, slow):
+    if slow:
+        monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     settings = TINY | {"iterations": 13, "save_every": 5, "dropout": 0.2}
     whole = module.pretrain(blobs(), out=tmp_path / "whole", dataset="mine", **settings)
 
@@ -110,7 +114,11 @@ def test_resuming_gives_identical_weights(tmp_path, module):
         module.pretrain(blobs(), progress=die, **cut)
     torch.rand(7)  # the caller's generator plays no part
     before = torch.get_rng_state()
-    resumed = module.pretrain(blobs(), resume=True, **cut)
+    steps = []
+    resumed = module.pretrain(
+        blobs(), resume=True, progress=lambda step, *_: steps.append(step), **cut
+    )
+    assert steps[0] == (8 if slow else 6)  # saved after 7, or after 5
     assert torch.equal(torch.get_rng_state(), before)
     a, b = tensors(whole), tensors(resumed)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import ebm_prior
+from backbones import loop
 from backbones.generator import Generator
 from backbones.generator.config import PRESETS, TrainConfig
 from backbones.generator.train import _Joint, train
@@ -134,6 +135,22 @@ def sabotage(monkeypatch, at, times=1):
 
     monkeypatch.setattr(_Joint, "trouble", trouble)
     return hits
+
+
+def test_slow_steps_save_more_often(tmp_path, monkeypatch):
+    def stop(step, *_):
+        if step == 5:
+            raise RuntimeError("killed")
+
+    go(tmp_path / "whole")
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    with pytest.raises(RuntimeError, match="killed"):
+        go(tmp_path / "parts", progress=stop)
+    steps = []
+    go(tmp_path / "parts", resume=True, progress=lambda step, *_: steps.append(step))
+    assert steps[0] == 5
+    for name in FILES:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_an_interrupted_run_rolls_back_to_where_it_would_have(tmp_path, monkeypatch):
