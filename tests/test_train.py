@@ -171,6 +171,31 @@ def test_an_interrupted_run_rolls_back_to_where_it_would_have(tmp_path, monkeypa
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("kill", [False, True])
+def test_energies_on_their_way_are_not_rolled_back_to(tmp_path, monkeypatch, kill):
+    """Apart at the save at 6, they run away at 7: back to 3, before they did."""
+    monkeypatch.setattr(
+        _Joint, "gaps", lambda self, _: [1, 0.02 * self.config.energy_limit * (self.step >= 5)]
+    )
+    sabotage(monkeypatch, at=6)
+    steps = []
+
+    def note(step, *_):
+        steps.append(step)
+
+    def die(step, *_):
+        if step == 7:
+            raise RuntimeError("killed")
+
+    if kill:
+        with monkeypatch.context() as patch:  # later, so that the save at 6 is the last
+            patch.setattr(_Joint, "trouble", lambda *_: "")
+            with pytest.raises(RuntimeError, match="killed"):
+                go(tmp_path / "run", progress=die)
+    assert go(tmp_path / "run", resume=kill, progress=note).rollbacks == 1
+    assert steps == ([4, 5, 6, 7, 8] if kill else [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8])
+
+
 def test_a_rollback_halves_rates_and_steps_and_undoes_everything(tmp_path, monkeypatch):
     sabotage(monkeypatch, at=4)
     seen = []

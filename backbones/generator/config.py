@@ -73,7 +73,7 @@ class TrainConfig(LoopConfig):
         generator_lr: That of generator and inference network.
         ema: Decay of the averaged heads, which are the ones kept.
         energy_limit: Largest |mean energy gap| of one head, nats, before it counts as
-            diverged.
+            diverged; up to a hundredth of it a saved state may be rolled back to.
         rollbacks: Rollbacks permitted before giving up.
         log_every: Iterations between log lines.
         sample_every: Iterations between sample grids; 0 for none.

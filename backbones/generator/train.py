@@ -55,6 +55,9 @@ from ebm_prior.saved import BACKBONE, CONFIG, heads_bytes, prior_config, read_co
 __all__ = ["PRESETS", "TrainConfig", "TrainResult", "train"]
 
 CHAIN_LIMIT = 1e3  # mean square of a chain's eps per unit, 1 under N(0, I)
+SOUND = 0.01
+"""Of `energy_limit`: energies further apart have begun to run away. From such a state a run is
+resumed, but no rollback goes there, as from it the energies would run away again."""
 GRID = 36  # samples in a picture
 
 
@@ -148,7 +151,7 @@ class _Joint(Loop):
         self, images: Tensor, out: Path, dataset: str, config: TrainConfig,
         device: torch.device, record: dict,
     ) -> None:  # fmt: skip
-        self.scale, self.rollbacks = 1.0, 0
+        self.scale, self.rollbacks, self.sound = 1.0, 0, True
         self.tilted = config.prior == "ebm"
         with torch.random.fork_rng(devices=[]):  # leave the caller's generator alone
             torch.manual_seed(config.seed)
@@ -217,6 +220,7 @@ class _Joint(Loop):
                 after = self.terms(x, z_pos, z_neg, None if log_q is None else log_q.detach())
             if trouble := self.trouble(after, {}):
                 return self.roll_back(trouble)
+            self.sound = max(self.gaps(after), default=0) < SOUND * self.config.energy_limit
         metrics = {"loss": terms.loss.item(), "log_px": terms.log_px.mean().item()}
         if done % self.config.log_every == 0:
             self.log(done, metrics, terms, norms)
@@ -268,16 +272,21 @@ class _Joint(Loop):
         """What ran away: chains, or energies by their heads; empty if nothing did."""
         found = [name for name, norm in norms.items() if not norm < CHAIN_LIMIT]
         if not found and terms.e_pos is not None:
-            gaps = (terms.e_pos.mean(0) - terms.e_neg.mean(0)).abs().tolist()
-            names = zip(self.prior.head_names, gaps, strict=True)
+            names = zip(self.prior.head_names, self.gaps(terms), strict=True)
             guilty = [name for name, gap in names if not gap < self.config.energy_limit]
             found = [f"energies in {', '.join(guilty)}"] if guilty else []
         if not found and not terms.loss.isfinite():
             found = ["the loss"]
         return " and ".join(found)
 
+    def gaps(self, terms: JointTerms) -> list[float]:
+        """Mean energies of positive and negative samples apart, nats, head by head."""
+        if terms.e_pos is None:
+            return []
+        return (terms.e_pos.mean(0) - terms.e_neg.mean(0)).abs().tolist()
+
     def roll_back(self, trouble: str) -> None:
-        """Return to the last regular save with half the learning rates and step sizes."""
+        """Return to the last sound save with half the learning rates and step sizes."""
         at, scale, rollbacks = self.step + 1, self.scale / 2, self.rollbacks + 1
         self.go_to(self.good)
         if rollbacks > self.config.rollbacks:
@@ -324,7 +333,7 @@ class _Joint(Loop):
             setattr(self, name, value)
 
     def capture(self) -> State:
-        """The state, and in an interrupted run beside it the one to roll back to."""
+        """The state, and beside it the one to roll back to, where that is another."""
         good, good_values = self.good
         if good_values["step"] == self.step:
             return self.good
@@ -341,7 +350,7 @@ class _Joint(Loop):
 
     def save(self, interrupted: bool = False) -> None:
         """Write the state, and the generator and heads one would sample with now."""
-        if not interrupted:
+        if not interrupted and self.sound:
             self.good = self.here()
         super().save(interrupted)
         self.write("running")
