@@ -123,14 +123,14 @@ def test_resuming_gives_identical_files(tmp_path, method, kill):
     assert logs[0] == logs[1]
 
 
-def sabotage(monkeypatch, at, times=1):
+def sabotage(monkeypatch, at, times=1, what="energies in z1"):
     """Let a step report trouble so many times."""
     whole, hits = _Joint.trouble, []
 
     def trouble(self, terms, norms):
         if self.step == at and len(hits) < times:
-            hits.append(self.scale)
-            return "energies in z1"
+            hits.append(self.step)
+            return what
         return whole(self, terms, norms)
 
     monkeypatch.setattr(_Joint, "trouble", trouble)
@@ -196,8 +196,11 @@ def test_energies_on_their_way_are_not_rolled_back_to(tmp_path, monkeypatch, kil
     assert steps == ([4, 5, 6, 7, 8] if kill else [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8])
 
 
-def test_a_rollback_halves_rates_and_steps_and_undoes_everything(tmp_path, monkeypatch):
-    sabotage(monkeypatch, at=4)
+@pytest.mark.parametrize("what, step_size", [("energies in z1", 0.16), ("prior chains", 0.08)])
+def test_a_rollback_halves_rates_or_steps_too_and_undoes_everything(
+    tmp_path, monkeypatch, what, step_size
+):
+    sabotage(monkeypatch, at=4, what=what)
     seen = []
     monkeypatch.setattr(
         _Joint, "negatives",
@@ -207,11 +210,11 @@ def test_a_rollback_halves_rates_and_steps_and_undoes_everything(tmp_path, monke
     )  # fmt: skip
     result = go(tmp_path / "run")
     assert [s for s, *_ in seen] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
-    assert seen[0][1:] == (0.16, 0.01) and seen[-1][1:] == (0.08, 0.005)
-    assert result.step_size == 0.08 and read_config(tmp_path / "run")["sampler"] == {
-        "transition": "langevin", "steps": 2, "step_size": 0.08}  # fmt: skip
+    assert seen[0][1:] == (0.16, 0.01) and seen[-1][1:] == (step_size, 0.005)
+    assert result.step_size == step_size and read_config(tmp_path / "run")["sampler"] == {
+        "transition": "langevin", "steps": 2, "step_size": step_size}  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
-    assert [r["iteration"] for r in log] == [3, 4, 8] and log[0]["diverged"] == "energies in z1"
+    assert [r["iteration"] for r in log] == [3, 4, 8] and log[0]["diverged"] == what
 
 
 def test_posterior_chains_that_run_away_are_named_and_survived(tmp_path, capsys):

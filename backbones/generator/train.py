@@ -58,6 +58,7 @@ CHAIN_LIMIT = 1e3  # mean square of a chain's eps per unit, 1 under N(0, I)
 SOUND = 0.01
 """Of `energy_limit`: energies further apart have begun to run away. From such a state a run is
 resumed, but no rollback goes there, as from it the energies would run away again."""
+SCALARS = ("step", "rate_scale", "step_scale", "rollbacks")  # of the state
 GRID = 36  # samples in a picture
 
 
@@ -151,7 +152,7 @@ class _Joint(Loop):
         self, images: Tensor, out: Path, dataset: str, config: TrainConfig,
         device: torch.device, record: dict,
     ) -> None:  # fmt: skip
-        self.scale, self.rollbacks, self.sound = 1.0, 0, True
+        self.rate_scale, self.step_scale, self.rollbacks, self.sound = 1.0, 1.0, 0, True
         self.tilted = config.prior == "ebm"
         with torch.random.fork_rng(devices=[]):  # leave the caller's generator alone
             torch.manual_seed(config.seed)
@@ -186,7 +187,9 @@ class _Joint(Loop):
         if not self.tilted:
             return SamplerConfig("pcnl", 1)
         config = self.config
-        return SamplerConfig("langevin", config.prior_steps, config.prior_step_size * self.scale)
+        return SamplerConfig(
+            "langevin", config.prior_steps, config.prior_step_size * self.step_scale
+        )
 
     # -- one step -------------------------------------------------------------------------
 
@@ -207,7 +210,7 @@ class _Joint(Loop):
             return self.roll_back("the gradient")
         rates = (self.config.generator_lr, self.config.heads_lr)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * self.scale
+            group["lr"] = rate * self.rate_scale
         self.optimizer.step()
         if self.tilted:
             decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
@@ -239,7 +242,7 @@ class _Joint(Loop):
             self.prior,
             x,
             steps=self.config.posterior_steps,
-            step_size=self.config.posterior_step_size * self.scale,
+            step_size=self.config.posterior_step_size * self.step_scale,
             generator=generator,
         )
         norms["posterior chains"] = _norm(eps)
@@ -286,8 +289,14 @@ class _Joint(Loop):
         return (terms.e_pos.mean(0) - terms.e_neg.mean(0)).abs().tolist()
 
     def roll_back(self, trouble: str) -> None:
-        """Return to the last sound save with half the learning rates and step sizes."""
-        at, scale, rollbacks = self.step + 1, self.scale / 2, self.rollbacks + 1
+        """Return to the last sound save with half the learning rates.
+
+        Where chains ran away, half the step sizes too. Energies run away where chains do not
+        keep up with them, so that shorter ones would not help.
+        """
+        at, rollbacks, rate_scale = self.step + 1, self.rollbacks + 1, self.rate_scale / 2
+        chains = "chains" in trouble
+        step_scale = self.step_scale / 2 if chains else self.step_scale
         self.go_to(self.good)
         if rollbacks > self.config.rollbacks:
             self.save()  # so that it is on disk even before the first save
@@ -297,11 +306,11 @@ class _Joint(Loop):
                 f"last good generator and heads are in {self.out}; try smaller heads_lr, "
                 "prior_step_size or posterior_step_size"
             )
-        self.scale, self.rollbacks = scale, rollbacks
+        self.rate_scale, self.step_scale, self.rollbacks = rate_scale, step_scale, rollbacks
         self.good = self.here()
         tqdm.write(
             f"{trouble} diverged at iteration {at}: back to {self.step} with half the learning "
-            "rates and step sizes",
+            f"rates{' and step sizes' if chains else ''}",
             file=sys.stderr,
         )
         self.run_folder.rewind_log(self.step)
@@ -321,7 +330,7 @@ class _Joint(Loop):
         tensors = {
             f"{of}.{k}": v.detach().clone() for of, part in parts.items() for k, v in part.items()
         }
-        return tensors, {name: getattr(self, name) for name in ("step", "scale", "rollbacks")}
+        return tensors, {name: getattr(self, name) for name in SCALARS}
 
     def go_to(self, state: State) -> None:
         """Undo everything since `here`."""
