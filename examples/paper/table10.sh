@@ -2,7 +2,7 @@
 # Table 10: FID and parameters of NVAE with a Gaussian decoder, with and without heads.
 #
 # Data: DATA, CIFAR-10 by default, as in the paper; also CelebA-HQ-256 there.
-# Cost: hours on two cores, most of them for the backbone; not run here.
+# Cost: hours on two cores, most of them for the backbone.
 # Needs: CKPT, a checkpoint.pt of NVAE with num_mixture_dec 1, 30 groups in the paper; the download
 #   of DATA, and pytorch-fid's of Inception, or FEATURES.
 # Instead: a small NVAE, trained first for ITERATIONS (6000): no shipped one has colours.
