@@ -94,7 +94,8 @@ def gated_sum(skip: Tensor, y: Tensor, gate: nn.Sequential, scale: float) -> Ten
     weights = gate[0].weight, gate[0].bias, gate[2].weight, gate[2].bias
     if in_one_pass(y, *weights):
         return _GatedSum.apply(skip, y, *weights, scale)
-    return torch.addcmul(skip, y, gate(y.mean((2, 3)))[:, :, None, None], value=scale)
+    _, gates = hidden_and_gate(y, *weights)
+    return torch.addcmul(skip, y, gates[:, :, None, None], value=scale)
 
 
 def in_one_pass(x: Tensor, *weights: Tensor | None) -> bool:
