@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from backbones.nvae.network import NetworkConfig
 from ebm_prior import EnergyPrior, memory
@@ -18,9 +18,17 @@ from ebm_prior import EnergyPrior, memory
 __all__ = ["flops", "needed_flops", "peak_bytes", "saved_bytes"]
 
 
+def _of_convolution(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count([*x], [*weight], [*out_shape])
+
+
+# Not among those that torch counts by itself.
+ALSO_COUNTED = {torch.ops.aten.mkldnn_convolution: _of_convolution}
+
+
 def flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of the convolutions and matrix products in a call."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ALSO_COUNTED) as counter:
         call()
     return counter.get_total_flops()
 
@@ -40,16 +48,17 @@ def tower_flops(config: NetworkConfig, features: bool) -> int:
     """Operations of one sample's top-down pass through res_mbconv cells, from shapes alone.
 
     Counted are: per group the cells, the prior's 1x1 convolution and the combiner; of the
-    first combiner only the latents' part, as its state is a constant; the last combiner only
-    where `features` are asked for. 1x1 convolutions run before an upsampling, not after.
+    first combiner, and of the 1x1 convolution behind it, only the latents' part, as the state
+    is a constant; the last combiner only where `features` are asked for. 1x1 convolutions run
+    before an upsampling, not after.
     """
 
     if {config.cells["normal_dec"], config.cells["up_dec"]} != {("mconv_e6k5g0",)}:
         raise ValueError(f"only res_mbconv cells are counted, not {config.cells['normal_dec']}")
 
-    def cell(c_in: int, c_out: int, size_in: int, size: int) -> int:
+    def cell(c_in: int, c_out: int, size_in: int, size: int, read: int) -> int:
         hidden, squeezed = 6 * c_in, max(c_out // 16, 4)
-        widen = 2 * c_in * hidden * size_in**2
+        widen = 2 * read * hidden * size_in**2
         spatial = 2 * hidden * 5 * 5 * size**2
         narrow = 2 * hidden * c_out * size**2
         gate = 4 * c_out * squeezed if config.use_se else 0
@@ -59,11 +68,13 @@ def tower_flops(config: NetworkConfig, features: bool) -> int:
     total, before = 0, config.group_sizes[0]
     for index, size in enumerate(config.group_sizes):
         width, latents = config.channels_dec * config.image_size // size, config.latents
-        if size != before:
-            total += cell(2 * width, width, before, size)
+        cells = [(2 * width, width, before, size)] if size != before else []
         if index:
-            total += config.cells_dec * cell(width, width, size, size)
+            cells += [(width, width, size, size)] * config.cells_dec
             total += 2 * width * 2 * latents * size**2
+        for place, shape in enumerate(cells):
+            first = index == 1 and place == 0
+            total += cell(*shape, read=latents if first else shape[0])
         if features or index < config.num_groups - 1:
             total += 2 * ((width if index else 0) + latents) * width * size**2
         before = size

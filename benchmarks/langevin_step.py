@@ -32,7 +32,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from backbones.nvae.frozen import SwishConv2d, adjoint
+from backbones.nvae.frozen import FrozenConv2d
 from benchmarks.cost import flops, saved_bytes
 from benchmarks.models import nvae
 from benchmarks.published import Published
@@ -125,22 +125,22 @@ def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
     kinds: dict[tuple, tuple[nn.Conv2d, Tensor]] = {}
 
     def note(conv: nn.Conv2d, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        shape = tuple(inputs[0].shape)
+        x = conv.convolved(*inputs) if isinstance(conv, FrozenConv2d) else inputs[0]
+        shape = tuple(x.shape)
         kind = (shape, conv.out_channels, conv.kernel_size, conv.stride, conv.groups)
         uses[kind] += 1
-        kinds[kind] = (conv, inputs[0].detach().clone())
+        kinds[kind] = (conv, x.detach().clone())
 
     def run(conv: nn.Conv2d, x: Tensor) -> None:
-        if conv in by_hand:
+        if isinstance(conv, FrozenConv2d):
             with torch.no_grad():
-                y = conv(x)
-                adjoint(torch.ones_like(y), conv.weight, conv.groups)
+                y = conv.convolve(x)
+                conv.adjoint(torch.ones_like(y))
         else:
             y = conv(x.requires_grad_())
             torch.autograd.grad(y, x, torch.ones_like(y))
 
     modules = [*prior.backbone.fast.modules(), *prior.heads.modules()]
-    by_hand = {m.conv for m in modules if isinstance(m, SwishConv2d)}
     hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
         prior.energy_of_noise(prior.noise(batch))

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.nvae.frozen import SwishConv2d, gated_sum
+from backbones.nvae import frozen
+from backbones.nvae.frozen import FrozenConv2d, gated_sum
 from ebm_prior.memory import saved_bytes
 
 
-def swish_conv(kernel, groups, doubled, c_in=6, c_out=6):
+def swish_conv(kernel, groups, doubled, c_in=6, c_out=6, swish=True):
     torch.manual_seed(0)
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups)
-    return SwishConv2d(conv.requires_grad_(False), doubled).double()
+    conv = FrozenConv2d(c_in, c_out, kernel, groups=groups)
+    conv.swish, conv.doubled = swish, doubled
+    return conv.requires_grad_(False).double()
 
 
 def gate(channels=6):
@@ -44,6 +46,7 @@ CASES = {
     "dense": (swish_conv(3, 1, False, 6, 3), 1),
     "pointwise": (swish_conv(1, 1, False, 6, 2), 1),
     "pointwise after doubling": (swish_conv(1, 1, True), 1),
+    "without swish": (swish_conv(1, 1, False, 6, 2, swish=False), 1),
     "gate": (Gated(gate()), 2),
 }
 
@@ -92,6 +95,8 @@ def test_an_empty_batch(case):
 def test_differentiated_twice(case):
     module, inputs = case
     assert torch.autograd.gradgradcheck(module, inputs)
+    if not getattr(module, "swish", True):
+        return  # linear: its gradient depends on nothing
     # also where the gradient that comes in depends on nothing
     (grad,) = torch.autograd.grad(module(*inputs).sum(), inputs[-1], create_graph=True)
     expected = torch.autograd.grad(plain(module, *inputs).sum(), inputs[-1], create_graph=True)[0]
@@ -148,3 +153,46 @@ def test_half_is_kept():
     one = 8 * flat.numel()
     assert kept(module) == one
     assert kept(lambda x: plain(module, x)) == 2 * one
+
+
+@pytest.mark.parametrize("change", ["none", "little to do", "double", "a weight that trains"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel, groups", [(1, 1), (5, 6)])
+def test_onednn_is_called_directly_where_it_pays(monkeypatch, change, layout, kernel, groups):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    module = swish_conv(kernel, groups, False).float()
+    monkeypatch.setattr(frozen, "WORTH", 10**9 if change == "little to do" else 0)
+    calls, convolve = [], torch.mkldnn_convolution
+    spy = lambda *args: calls.append(args) or convolve(*args)  # noqa: E731
+    monkeypatch.setattr(torch, "mkldnn_convolution", spy)
+    x = torch.randn(3, 6, 4, 4).to(memory_format=layout)
+    if change == "double":
+        module, x = module.double(), x.double()
+    module.requires_grad_(change == "a weight that trains")
+    x.requires_grad_()
+    y = module(x)
+    assert y.is_contiguous(memory_format=layout)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    assert len(calls) == (2 if change == "none" else 0)
+    assert found.is_contiguous(memory_format=layout)
+    (expected,) = torch.autograd.grad(plain(module, x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_prepared_weights_follow_their_origin():
+    module = swish_conv(5, 6, False).float()
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+
+    def gradient(call):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(call(x).float().sum(), x)[0]
+
+    before = gradient(module)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    torch.testing.assert_close(gradient(module), 2 * before)
+    module.load_state_dict({name: tensor / 2 for name, tensor in module.state_dict().items()})
+    torch.testing.assert_close(gradient(module), before)
+    module.double().float().weight.data.mul_(2)  # new tensors, whose versions start again
+    torch.testing.assert_close(gradient(module), 2 * before)

@@ -151,7 +151,7 @@ def test_so_have_the_groups_that_move(nvae_prior, monkeypatch):
 def test_copies_of_weights_are_counted_once(nvae_prior, monkeypatch):
     free(monkeypatch, 1e12)
     prior = EnergyPrior.for_backbone(
-        load(FIXTURES / "nvae" / "mbconv_sep"), nef=4, ndf=8, sampler=nvae_prior.sampler
+        load(FIXTURES / "hvae" / "fmnist_vae"), nef=4, ndf=8, sampler=nvae_prior.sampler
     )
     prior.precision = "bf16"
     kept = []

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
 import ebm_prior
-from backbones.nvae import NVAEBackbone, frozen, load
+from backbones.nvae import NVAEBackbone, load
 from backbones.nvae.checkpoint import (
     ARCHITECTURES,
     DEFAULTS,
@@ -25,7 +24,6 @@ from backbones.nvae.checkpoint import (
     network_config,
     read_checkpoint,
 )
-from backbones.nvae.frozen import PointwiseConv2d
 from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce_bits
 from backbones.nvae.network import Cell, Network
 from backbones.nvae.pretrain import elbo
@@ -164,41 +162,17 @@ def test_folding_cells_of_any_kernel_and_groups(operation, stride):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize(
-    "batch, side, samples, settings",
-    [
-        (2, 8, 16, {}),
-        (3, 4, 16, {}),
-        (18, 4, 18, {}),
-        (3, 5, 3, {}),  # 75 pixels are not 16 equal parts
-        (2, 8, 2, {"worth": frozen.WORTH}),
-        (2, 8, 2, {"threads": 2}),
-        (2, 8, 2, {"dtype": torch.float64}),
-        (2, 8, 2, {"layout": torch.contiguous_format}),
-    ],
-)
-def test_pointwise_convolutions_of_few_samples(monkeypatch, batch, side, samples, settings):
-    kind = {"dtype": settings.get("dtype", torch.float32)}
-    kind["memory_format"] = settings.get("layout", torch.channels_last)
-    conv = PointwiseConv2d(6, 10, 1).to(**kind)
-    monkeypatch.setattr(frozen, "WORTH", settings.get("worth", 0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: settings.get("threads", 1))
-    x = torch.randn(batch, 6, side, side).to(**kind)
-    weights = torch.randn(batch, 10, side, side).to(x.dtype)
-    shapes, results = [], []
-
-    def plain(x, weight=conv.weight, bias=conv.bias):
-        shapes.append(len(x))
-        return torch.conv2d(x, weight, bias)
-
-    monkeypatch.setattr(F, "conv2d", plain)
-    for forward in (conv.forward, plain):
-        point = x.clone().requires_grad_()
-        y = forward(point)
-        assert y.is_contiguous(memory_format=kind["memory_format"])
-        results.append((y, *torch.autograd.grad((y * weights).sum(), point)))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    assert shapes == [samples, batch]
+def test_the_first_cell_reads_the_latents_alone():
+    network, _ = make()
+    fast = network.eval().folded()
+    group = fast._plan[1]
+    cell = fast.dec_tower[group.cells[0]]
+    assert cell.widening.in_channels == network.config.latents
+    channels = []
+    for module in cell.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+            channels.append(module.in_channels)
+    assert channels.count(network.config.latents) == 2  # the skip and the widening
 
 
 def test_folding_does_not_touch_the_network(tmp_path):

@@ -92,7 +92,7 @@ class NVAEBackbone(Backbone):
                 return (TOP_SIGMA * temperature) * eps[0]
             mu, sigma = self.fast.prior_params(index, state)
             sigma = sigma if temperature == 1 else temperature * sigma
-            return torch.addcmul(mu, sigma, eps[index]).contiguous()
+            return torch.addcmul(mu, sigma, eps[index])
 
         z, state = self.fast.descend(draw, features, bool(self.checkpointing))
         return tuple(z), None if state is None else state.contiguous()

@@ -2,84 +2,117 @@
 
 Autograd keeps what a weight's gradient would need too, and goes through a cell in many passes
 over its largest tensors. The backward passes written out here keep half as much, and are exact.
-They belong to weights that do not train: where one does, where nothing is differentiated, where
-`torch.func` transforms them, or where a compiler chooses what to keep, the same layers run as
-plain operations. So does a backward pass that is to be differentiated again.
+They belong to weights that do not train: where one does, where `torch.func` transforms them, or
+where a compiler chooses what to keep, the same layers run as plain operations. So does a
+backward pass that is to be differentiated again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PointwiseConv2d", "SwishConv2d", "adjoint", "gated_sum"]
+__all__ = ["FrozenConv2d", "gated_sum"]
 
-WORTH = 2**26  # multiplications of a 1x1 convolution; below, views cost as much as they save
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution of stride 1, as fast on one thread as it could be.
-
-    There torch gives 1x1 convolutions of fewer than 16 samples a kernel of their own, a sixth
-    slower than the one for larger batches. To a 1x1 convolution any 16 equal parts of the pixels
-    are 16 samples; in channels-last tensors they are a view.
-
-    Args:
-        x: (B, C_in, H, W).
-        weight: (C_out, C_in, 1, 1).
-        bias: (C_out,) or None.
-
-    Returns:
-        (B, C_out, H, W).
-    """
-    batch, channels, height, width = x.shape
-    pixels = batch * height * width
-    if (
-        torch.compiler.is_compiling()  # which chooses its own kernels
-        or x.device.type != "cpu"
-        or batch >= 16
-        or pixels % 16
-        or pixels * weight.numel() < WORTH
-        or torch.get_num_threads() > 1
-        or x.dtype != torch.float32
-        or not x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return F.conv2d(x, weight, bias)
-    parts = x.permute(0, 2, 3, 1).reshape(16, 1, pixels // 16, channels)
-    y = F.conv2d(parts.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
-    return y.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+WORTH = 2**24  # multiplications; below, torch's own kernels are as fast
 
 
-class PointwiseConv2d(nn.Conv2d):
-    """`pointwise` as a layer."""
+class FrozenConv2d(nn.Conv2d):
+    """Convolution of stride 1 that keeps height and width, and what comes in front of it.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H, W)."""
-        return pointwise(x, self.weight, self.bias)
-
-
-class SwishConv2d(nn.Module):
-    """conv(swish(x)), or conv(double(swish(x))) with nearest neighbours.
+    While its weights are frozen they are prepared once: turned for the backward pass, and cast
+    where autocast computes in another type.
 
     Args:
-        conv: With an odd kernel, stride and dilation 1, and padding that keeps the size.
-        doubled: Whether height and width double in front of it.
+        c_in: Input channels.
+        c_out: Output channels.
+        kernel: Side of the kernel, odd.
+        groups: As in `nn.Conv2d`.
+        options: Others of `nn.Conv2d`.
+
+    Attributes:
+        swish: Whether swish(x) is convolved, in place of x.
+        doubled: Whether height and width double first, with nearest neighbours.
     """
 
-    def __init__(self, conv: nn.Conv2d, doubled: bool = False) -> None:
-        super().__init__()
-        self.conv, self.doubled = conv, doubled
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, groups: int = 1, **options: Any
+    ) -> None:
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2, groups=groups, **options)
+        self.swish = self.doubled = False
+        self._kept: dict[tuple[str, torch.dtype], Any] = {}
+        self._kept_of: tuple[int | None, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W), or twice the height and width."""
-        conv = self.conv
-        if in_one_pass(x, conv.weight, conv.bias):
-            return _SwishConv.apply(x, conv.weight, conv.bias, conv.groups, self.doubled)
-        y = F.silu(x)
-        return conv(F.interpolate(y, scale_factor=2) if self.doubled else y)
+        if frozen(self.weight, self.bias):
+            return _FrozenConv.apply(x, self)
+        return super().forward(self.convolved(x))
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """What is convolved, from what comes in."""
+        if self.swish:
+            x = F.silu(x)
+        return F.interpolate(x, scale_factor=2) if self.doubled else x
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone, in the type of x and without a graph."""
+        weight, bias = self.weight.detach(), self.bias
+        if weight.dtype != x.dtype:
+            weight, bias = self._keep("cast", x.dtype, lambda: self._cast(x.dtype))
+        return convolution(x, weight, bias, self.groups)
+
+    def adjoint(self, grad: Tensor) -> Tensor:
+        """Gradient of what is convolved, from the output's.
+
+        It is a convolution too: the kernel flipped, inputs and outputs exchanged. oneDNN's
+        depthwise kernels take a third less time for it than for the same gradient.
+        """
+        weight = self._keep("turned", grad.dtype, lambda: self._turned().to(grad.dtype))
+        return convolution(grad, weight, None, self.groups)
+
+    def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return self.weight.detach().to(dtype), bias
+
+    def _turned(self) -> Tensor:
+        parts = self.weight.detach().unflatten(0, (self.groups, -1))
+        return parts.transpose(1, 2).flatten(0, 1).flip(2, 3).contiguous()
+
+    def _keep(self, name: str, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+        """Made once from the weights as they are."""
+        versions = self.weight._version, None if self.bias is None else self.bias._version
+        if versions != self._kept_of:
+            self._kept, self._kept_of = {}, versions
+        if (name, dtype) not in self._kept:
+            self._kept[name, dtype] = make()
+        return self._kept[name, dtype]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._kept = {}
+        return super()._apply(fn, recurse)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Of stride 1, height and width kept.
+
+    oneDNN is called directly where there is enough to do. On one thread torch gives 1x1
+    convolutions of fewer than 16 samples a kernel of its own, a tenth slower than oneDNN's.
+    """
+    padding = (weight.shape[-1] // 2,) * 2
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() // x.shape[1] * weight.numel() >= WORTH
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_grad_enabled()
+    ):
+        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1), (1, 1), groups)
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
 
 
 def gated_sum(skip: Tensor, y: Tensor, gate: nn.Sequential, scale: float) -> Tensor:
@@ -92,69 +125,60 @@ def gated_sum(skip: Tensor, y: Tensor, gate: nn.Sequential, scale: float) -> Ten
         scale: A constant.
     """
     weights = gate[0].weight, gate[0].bias, gate[2].weight, gate[2].bias
-    if in_one_pass(y, *weights):
+    if frozen(*weights):
         return _GatedSum.apply(skip, y, *weights, scale)
     _, gates = hidden_and_gate(y, *weights)
     return torch.addcmul(skip, y, gates[:, :, None, None], value=scale)
 
 
-def in_one_pass(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether a gradient of x alone is taken, by torch itself."""
-    return (
-        torch.is_grad_enabled()
-        and x.requires_grad
-        and not any(weight is not None and weight.requires_grad for weight in weights)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # those of torch.func
+def frozen(*weights: Tensor | None) -> bool:
+    """Whether no gradient of these is taken, and those of others by torch itself."""
+    return not (
+        any(weight is not None and weight.requires_grad for weight in weights)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # those of torch.func
     )
 
 
-class _SwishConv(torch.autograd.Function):
+class _FrozenConv(torch.autograd.Function):
     """Keeps x; autograd keeps swish(x) as well, which only the weight's gradient reads."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, doubled: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.groups, ctx.doubled = groups, doubled
-        return swish_conv(x, weight, bias, groups, doubled)
+    def forward(ctx: Any, x: Tensor, layer: FrozenConv2d) -> Tensor:
+        y = layer.convolve(layer.convolved(x).to(autocast_type(x)))
+        ctx.save_for_backward(x if layer.swish else None)
+        ctx.layer, ctx.dtype, ctx.format = layer, x.dtype, memory_format(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            y = swish_conv(x.to(grad.dtype), weight.to(grad.dtype), None, ctx.groups, ctx.doubled)
-            return *torch.autograd.grad(y, x, grad, create_graph=True), None, None, None, None
-        grad = adjoint(grad, weight.to(grad.dtype), ctx.groups)
-        if ctx.doubled:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        grad = layer.adjoint(grad.contiguous(memory_format=ctx.format))
+        if layer.doubled:
             grad = 4 * F.avg_pool2d(grad, 2)
-        return torch.ops.aten.silu_backward(grad.to(x.dtype), x), None, None, None, None
+        grad = grad.to(ctx.dtype)
+        return swish_backward(grad, x) if layer.swish else grad, None
 
 
-def swish_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, doubled: bool
-) -> Tensor:
-    """`SwishConv2d` as plain operations."""
-    y = F.silu(x)
-    return convolution(F.interpolate(y, scale_factor=2) if doubled else y, weight, bias, groups)
+def autocast_type(x: Tensor) -> torch.dtype:
+    """In which a convolution of x computes."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Of stride 1, height and width kept."""
-    if weight.shape[-2:] == (1, 1) and groups == 1:
-        return pointwise(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
+def swish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of x from that of swish(x)."""
+    if torch.is_grad_enabled():  # to be differentiated again
+        return torch.autograd.grad(F.silu(x), x, grad, create_graph=True)[0]
+    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
-def adjoint(grad: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Gradient of the input of `convolution`, from that of its output.
-
-    It is a convolution too: the kernel flipped, inputs and outputs exchanged. oneDNN's depthwise
-    kernels take a third less time for it than for the same gradient.
-    """
-    parts = weight.unflatten(0, (groups, -1))
-    return convolution(grad, parts.transpose(1, 2).flatten(0, 1).flip(2, 3), None, groups)
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of a convolution's output."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class _GatedSum(torch.autograd.Function):
@@ -194,5 +218,5 @@ def hidden_and_gate(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Hidden units (B, hidden) and gate (B, C) of squeeze-and-excitation."""
-    hidden = F.linear(y.mean((2, 3)), w1, b1).relu()
+    hidden = F.linear(y.sum((2, 3)) / y.shape[2:].numel(), w1, b1).relu()
     return hidden, F.linear(hidden, w2, b2).sigmoid()

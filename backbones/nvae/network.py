@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.nvae.frozen import PointwiseConv2d, SwishConv2d, gated_sum
+from backbones.nvae.frozen import FrozenConv2d, gated_sum
 from ebm_prior.errors import EbmPriorError
 from ebm_prior.memory import recomputed
 
@@ -120,13 +120,12 @@ def _normalize(weight: Tensor, log_norm: Tensor) -> Tensor:
 
 def _plain_conv(like: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A convolution shaped like `like` with the given weight and bias."""
-    pointwise = like.kernel_size == like.stride == (1, 1) and like.groups == 1
-    kind = PointwiseConv2d if pointwise else nn.Conv2d
-    conv = kind(
-        weight.shape[1] * like.groups, len(weight), like.kernel_size, like.stride,
-        like.padding, like.dilation, like.groups, bias=False,
-        device="meta",
-    )  # fmt: skip
+    shape = weight.shape[1] * like.groups, len(weight), like.kernel_size[0]
+    options = {"groups": like.groups, "bias": False, "device": "meta"}
+    if like.stride == like.dilation == (1, 1):
+        conv: nn.Conv2d = FrozenConv2d(*shape, **options)
+    else:
+        conv = nn.Conv2d(*shape, like.stride, like.padding, like.dilation, **options)
     conv.weight = nn.Parameter(weight.detach().clone())
     conv.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return conv
@@ -328,7 +327,7 @@ class InvertedResidual(nn.Module):
         """(B, C_in, H, W) to (B, C_out, H', W')."""
         return self.conv(x)
 
-    def folded(self) -> nn.Sequential:
+    def folded(self) -> FoldedMobile:
         """Three plain convolutions.
 
         All padding follows a swish, so each batch norm folds into its neighbour exactly.
@@ -340,10 +339,15 @@ class InvertedResidual(nn.Module):
         middle = _conv_then_bn(spatial.conv[0], spatial.conv[1])
         narrowing = _conv_then_bn(narrow, last.bn)
         if middle.stride == (1, 1):
-            middle = SwishConv2d(middle, self.upsample)
+            middle.swish, middle.doubled = True, self.upsample
         else:  # of an encoder, through which no gradient goes
             middle = nn.Sequential(nn.SiLU(), middle)
-        return nn.Sequential(widening, middle, SwishConv2d(narrowing))
+        narrowing.swish = True
+        return FoldedMobile(widening, middle, narrowing)
+
+
+class FoldedMobile(nn.Sequential):
+    """Widening convolution, spatial one of swish, narrowing one of swish."""
 
 
 _MOBILE = re.compile(r"mconv_e(\d+)k(\d+)g(\d+)")
@@ -451,7 +455,10 @@ class Cell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H', W')."""
-        y = x
+        return self.residual(x, x)
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """skip(x) + 0.1 * gate * operations(y)."""  # noqa: D403
         for operation in self._ops:
             y = operation(y)
         if self.use_se:
@@ -526,9 +533,44 @@ class ConstantCombiner(nn.Module):
         self.conv_z = combiner.conv_z
         self.register_buffer("constant", combiner.conv_state(state).detach())
 
-    def forward(self, state: Tensor, z: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, state: Tensor | None, z: Tensor) -> Tensor:  # noqa: ARG002
         """(B, Z, H, W) to (B, C, H, W); `state` is already in the constant."""
-        return self.constant + self.conv_z(z)
+        return _constant_and(self.constant, self.conv_z(z))
+
+
+class LatentsAlone(nn.Module):
+    """In place of the first group's combiner where `FirstCell` does its work."""
+
+    def forward(self, state: Tensor, z: Tensor) -> Tensor:  # noqa: ARG002
+        """(B, Z, H, W), unchanged."""
+        return z
+
+
+class FirstCell(nn.Module):
+    """The first group's combiner and the mobile cell behind it.
+
+    The state between them is a constant plus a convolution of z_0, so the cell's widening is
+    one as well, of Z channels in place of C.
+    """
+
+    def __init__(self, combiner: ConstantCombiner, cell: Cell) -> None:
+        super().__init__()
+        self.combiner, self.cell = combiner, cell
+        widening = cell._ops[0][0]
+        weight = torch.einsum("hcij,czij->hzij", widening.weight, combiner.conv_z.weight)
+        self.widening = _plain_conv(widening, weight, None)
+        self.register_buffer("constant", widening(combiner.constant).detach())
+        cell._ops[0] = cell._ops[0][1:]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, Z, H, W) to (B, C', H', W')."""
+        widened = _constant_and(self.constant, self.widening(z))
+        return self.cell.residual(self.combiner(None, z), widened)
+
+
+def _constant_and(constant: Tensor, y: Tensor) -> Tensor:
+    """Their sum, in the type of y, which autocast chose."""
+    return constant.to(y.dtype) + y
 
 
 # --- normalizing flows of the posterior -----------------------------------------------
@@ -873,14 +915,20 @@ class Network(nn.Module):
         network = copy.deepcopy(self).to("cpu", torch.float64).eval().requires_grad_(False)
         _fold_children(network)
         if not self.vanilla:
-            first = network._plan[0].combiner
-            network.dec_tower[first] = ConstantCombiner(
-                network.dec_tower[first], network.prior_ftr0[None]
-            )
+            network._start_from_constant()
         network = network.to(device, dtype)
         if device.type == "cpu":
             network = network.to(memory_format=torch.channels_last)
         return network.requires_grad_(False)
+
+    def _start_from_constant(self) -> None:
+        """Compute once what the constant state of the first group contributes."""
+        tower, index = self.dec_tower, self._plan[0].combiner
+        combiner = ConstantCombiner(tower[index], self.prior_ftr0[None])
+        tower[index] = combiner
+        for cell in self._plan[1].cells[:1]:
+            if isinstance(tower[cell]._ops[0], FoldedMobile):
+                tower[index], tower[cell] = LatentsAlone(), FirstCell(combiner, tower[cell])
 
 
 def _fold_children(module: nn.Module) -> None:
