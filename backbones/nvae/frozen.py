@@ -49,7 +49,7 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W), or twice the height and width."""
-        if frozen(self.weight, self.bias):
+        if all_frozen(self.weight, self.bias):
             return _FrozenConv.apply(x, self)
         return super().forward(self.convolved(x))
 
@@ -109,6 +109,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
         and x.dtype == torch.float32
         and x.numel() // x.shape[1] * weight.numel() >= WORTH
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and not torch.is_grad_enabled()
     ):
         return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1), (1, 1), groups)
@@ -125,13 +126,13 @@ def gated_sum(skip: Tensor, y: Tensor, gate: nn.Sequential, scale: float) -> Ten
         scale: A constant.
     """
     weights = gate[0].weight, gate[0].bias, gate[2].weight, gate[2].bias
-    if frozen(*weights):
+    if all_frozen(*weights):
         return _GatedSum.apply(skip, y, *weights, scale)
     _, gates = hidden_and_gate(y, *weights)
     return torch.addcmul(skip, y, gates[:, :, None, None], value=scale)
 
 
-def frozen(*weights: Tensor | None) -> bool:
+def all_frozen(*weights: Tensor | None) -> bool:
     """Whether no gradient of these is taken, and those of others by torch itself."""
     return not (
         any(weight is not None and weight.requires_grad for weight in weights)
