@@ -125,7 +125,7 @@ def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
     kinds: dict[tuple, tuple[nn.Conv2d, Tensor]] = {}
 
     def note(conv: nn.Conv2d, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        x = conv.convolved(*inputs) if isinstance(conv, FrozenConv2d) else inputs[0]
+        x = conv.entering(*inputs) if isinstance(conv, FrozenConv2d) else inputs[0]
         shape = tuple(x.shape)
         kind = (shape, conv.out_channels, conv.kernel_size, conv.stride, conv.groups)
         uses[kind] += 1
@@ -134,8 +134,8 @@ def convolution_time(prior: EnergyPrior, batch: int, repeats: int) -> float:
     def run(conv: nn.Conv2d, x: Tensor) -> None:
         if isinstance(conv, FrozenConv2d):
             with torch.no_grad():
-                y = conv.convolve(x)
-                conv.adjoint(torch.ones_like(y))
+                y = conv.convolve(x, conv.weight, conv.bias)
+                conv.adjoint(torch.ones_like(y), conv.weight, x.shape)
         else:
             y = conv(x.requires_grad_())
             torch.autograd.grad(y, x, torch.ones_like(y))

@@ -130,7 +130,8 @@ class Backbone(nn.Module, abc.ABC):
             temperature: Multiplies every sigma, the top group's included.
 
         Returns:
-            Latents; differentiable with respect to `eps`. No image decoder runs.
+            Latents, in any memory format; differentiable with respect to `eps`. No image
+            decoder runs.
         """
 
     @abc.abstractmethod

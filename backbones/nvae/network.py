@@ -455,10 +455,10 @@ class Cell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H', W')."""
-        return self.residual(x, x)
+        return self.joined(x, x)
 
-    def residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """skip(x) + 0.1 * gate * operations(y)."""  # noqa: D403
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum of skip(x) and 0.1 * gate * operations(y)."""
         for operation in self._ops:
             y = operation(y)
         if self.use_se:
@@ -565,7 +565,7 @@ class FirstCell(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(B, Z, H, W) to (B, C', H', W')."""
         widened = _constant_and(self.constant, self.widening(z))
-        return self.cell.residual(self.combiner(None, z), widened)
+        return self.cell.joined(self.combiner(None, z), widened)
 
 
 def _constant_and(constant: Tensor, y: Tensor) -> Tensor:
