@@ -35,7 +35,7 @@ HEADROOM = 1.6
 """Memory that must be free, in units of what a gradient keeps for its backward pass.
 
 All tensors of a step peak at 1.00 to 1.17 of it, as `python -m benchmarks.memory` counts them.
-Measured on the CPU, a process grew by 1.32 to 1.38 of it for NVAEs with 10 groups and more; for
+Measured on the CPU, a process grew by 1.12 to 1.25 of it for NVAEs with 10 groups and more; for
 small networks by more, but then by megabytes, as kernels' own buffers weigh more. The rest is
 left to everybody else: too small a micro-batch costs a few percent of time, too large a one
 the run.
