@@ -32,9 +32,10 @@ def processes_here() -> int:
 
 
 def _place() -> tuple[int, int]:
-    """Which process this is, from 0, of how many; a rank without a size is somebody else's."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
+    """Which process this is, from 0, of how many; one without the other is somebody else's."""
+    found = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    rank, size = map(int, found) if all(text.isdecimal() for text in found) else (0, 1)
+    return (rank, size) if rank < size else (0, 1)
 
 
 class Share:

@@ -186,3 +186,15 @@ def test_a_rank_without_a_size_is_left_by_somebody_else(monkeypatch):
     assert is_main() and Ranks(torch.device("cpu")).is_main
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not is_main()
+
+
+@pytest.mark.parametrize(
+    "rank, size", [(None, "2"), ("", "2"), ("0", "two"), ("1", ""), ("2", "2")]
+)
+def test_so_are_sizes_that_no_launcher_sets(monkeypatch, rank, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert is_main() and Ranks(torch.device("cpu")).size == 1
+    alone("info --help")
