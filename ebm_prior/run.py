@@ -133,12 +133,17 @@ class RunFolder:
             raise EbmPriorError(f"cannot write {self.path / 'log.jsonl'}: {error.strerror}") from (
                 error
             )
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if self._events is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.path / "tb"), purge_step=iteration)
-        for key, value in _scalars(record):
-            self._events.add_scalar(key, value, iteration)
+                self._events = SummaryWriter(str(self.path / "tb"), purge_step=iteration)
+            for key, value in _scalars(record):
+                self._events.add_scalar(key, value, iteration)
+        except OSError as error:  # of its thread, which writes some time later
+            raise EbmPriorError(
+                f"cannot write events to {self.path / 'tb'}: {error.strerror}"
+            ) from error
 
 
 class Onlooker(RunFolder):

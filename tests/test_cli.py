@@ -320,6 +320,27 @@ def test_a_traceback_only_with_debug(monkeypatch):
         assert isinstance(result.exception, RuntimeError)
 
 
+FULL_DISK = """
+import errno, sys
+from tensorboard.summary.writer.record_writer import RecordWriter
+from ebm_prior.cli import main
+
+def full(self, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+RecordWriter.write = full
+main(sys.argv[1:])
+"""
+
+
+def test_a_disk_too_full_for_events_is_one_line(tmp_path):
+    args = [*FIT, *QUICK, "--log-every", "1", "--out", str(tmp_path / "run")]
+    end = subprocess.run([sys.executable, "-c", FULL_DISK, *args], capture_output=True, text=True)
+    assert end.returncode == 1 and "Traceback" not in end.stderr
+    line = end.stderr.splitlines()[-1]
+    assert line == f"Error: cannot write events to {tmp_path / 'run/tb'}: No space left on device"
+
+
 def test_no_arguments_show_the_help():
     assert "ebm-prior fit" in run()
 

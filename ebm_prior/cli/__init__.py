@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -55,6 +56,8 @@ class Cli(click.Group):
         args = [arg for arg in given if arg != "--debug"]  # valid before and after the verb
         debug = len(args) < len(given)
         args = args or ["--help"]
+        if not debug:
+            threading.excepthook = _thread_stopped
         try:
             with warnings.catch_warnings(), nullcontext() if is_main() else _silence():
                 warnings.showwarning = _one_line_each()
@@ -86,6 +89,12 @@ class Cli(click.Group):
         if is_main() or code == 1:  # wrong usage is the same in every process
             click.echo(f"Error: {' '.join(message.split())}", err=True)
         sys.exit(code)
+
+
+def _thread_stopped(args: threading.ExceptHookArgs) -> None:
+    """No traceback of a full disk from the thread of TensorBoard: its caller raises it too."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 @contextmanager
