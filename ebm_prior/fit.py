@@ -29,13 +29,13 @@ from ebm_prior.images import grid, save_png
 from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.langevin import ChainState, flatten, keyed_generator, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
-from ebm_prior.micro_batch import MicroBatched
+from ebm_prior.micro_batch import MicroBatched, out_of_memory
 from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
 from ebm_prior.precision import PRECISIONS
 from ebm_prior.prefetch import Prefetch
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.ranks import Ranks, Share
-from ebm_prior.run import CACHE, Onlooker, RunFolder, environment
+from ebm_prior.run import CACHE, STATE, Onlooker, RunFolder, environment
 from ebm_prior.transitions import FITTED, MAX_STEP_SIZE
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
@@ -43,6 +43,10 @@ __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
 OBJECTIVES = {"nce": ("nce",), "mle": ("mle",), "nce+mle": ("nce", "mle")}
 POOL_BATCHES = 8
 MIN_ROWS = 20_000  # posterior samples, all draws of all images together
+SCALARS = (
+    "phase", "iteration", "total", "lr_scale", "rollbacks", "best_loss", "since_best",
+    "step_size", "held_out_loss", "chain_rows",
+)  # fmt: skip
 GOOD = "good."  # prefix of the state to roll back to, where it is not the saved one
 
 
@@ -668,19 +672,7 @@ class _Fit:
                 tensors[f"optimizer.{i}.{key}"] = value.detach().clone()
         if self.pool is not None:
             tensors["pool"] = self.pool.clone()
-        names = (
-            "phase",
-            "iteration",
-            "total",
-            "lr_scale",
-            "rollbacks",
-            "best_loss",
-            "since_best",
-            "step_size",
-            "held_out_loss",
-            "chain_rows",
-        )
-        return tensors, {name: getattr(self, name) for name in names}
+        return tensors, {name: getattr(self, name) for name in SCALARS}
 
     @property
     def chain_rows(self) -> dict:
@@ -700,11 +692,38 @@ class _Fit:
         self.prior.backbone.checkpointing = values["checkpointing"]
 
     def reopen(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Restore what `save` wrote, and where a rollback goes."""
-        good_meta = meta.pop(GOOD, None)
-        good = {k.removeprefix(GOOD): v for k, v in tensors.items() if k.startswith(GOOD)}
-        self.restore({k: v for k, v in tensors.items() if not k.startswith(GOOD)}, meta)
+        """Restore what `save` wrote, and where a rollback goes.
+
+        Raises:
+            EbmPriorError: If it is damaged, or of other heads.
+        """
+        try:
+            good_meta = meta.pop(GOOD, None)
+            good = {k.removeprefix(GOOD): v for k, v in tensors.items() if k.startswith(GOOD)}
+            own = {k: v for k, v in tensors.items() if not k.startswith(GOOD)}
+            if good_meta is not None:
+                self.check(good, good_meta)
+            self.check(own, meta)
+            self.restore(own, meta)
+        except Exception as error:  # whatever fails, it is of no use
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            raise EbmPriorError(
+                f"{self.run.path / STATE} is damaged or of other heads; start anew with another "
+                "--out"
+            ) from error
         self.last_good = (good, good_meta) if good_meta is not None else self.capture()
+
+    def check(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Raise `ValueError` on a state that `restore` would take, but no fit has written."""
+        for kind in ("parameters", "average", "best"):
+            for i, parameter in enumerate(self.parameters):
+                if tensors[f"{kind}.{i}"].shape != parameter.shape:  # else it is broadcast
+                    raise ValueError(f"shape of {kind}.{i}")
+        if not meta.keys() <= set(SCALARS) or not 0 <= meta["phase"] <= len(self.phases):
+            raise ValueError("values")
+        if not all(isinstance(meta[name], int) for name in ("phase", "iteration", "total")):
+            raise ValueError("counts")
 
     def restore(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Undo everything since `capture`."""

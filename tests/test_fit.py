@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,48 @@ def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").rglob("*tmp*"))
     prior = new_prior(toy)
     fit(prior, images, FitConfig(**QUICK), run_dir=tmp_path / "run", resume=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A fit of a toy that was killed after its save at iteration 20; all it was made of."""
+    toy, run = ToyBackbone().double().freeze(), tmp_path_factory.mktemp("saved") / "run"
+
+    def stop(iteration):
+        if iteration == 30:
+            raise KeyboardInterrupt
+
+    images, config = mismatched_images(toy), FitConfig(**QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_prior(toy), images, config, run_dir=run, on_save=stop)
+    return toy, run, images, config
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors, values: tensors.pop("generator"),
+        lambda tensors, values: tensors.update(generator=torch.zeros(3, dtype=torch.uint8)),
+        # of one number: copied into a head it would fill it
+        lambda tensors, values: tensors.update({"parameters.0": torch.zeros(1)}),
+        lambda tensors, values: tensors.update({"best.1": torch.zeros(1)}),
+        lambda tensors, values: tensors.pop("average.0"),
+        lambda tensors, values: values.update(phase=7),
+        lambda tensors, values: values.update(iteration="20"),
+        lambda tensors, values: values.update(run_phase=1),
+        lambda tensors, values: values.update({"good.": {"phase": 0}}),
+    ],
+)
+def test_a_damaged_state_is_one_line(saved, tmp_path, spoil):
+    toy, run, images, config = saved
+    shutil.copytree(run, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    tensors, values = folder.load_state()
+    assert values["total"] == 20
+    spoil(tensors, values)
+    folder.save_state(tensors, values)
+    with pytest.raises(EbmPriorError, match="state.safetensors is damaged or of other heads"):
+        fit(new_prior(toy), images, config, run_dir=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
