@@ -142,25 +142,28 @@ class PosteriorCache:
         """Rows that are on disk already; an error if they were made of something else."""
         if not (self.path.exists() and self.progress.exists()):
             return 0
-        progress = json.loads(self.progress.read_text())
-        if "made_of" not in progress:
+        try:
+            progress = json.loads(self.progress.read_bytes())
+            recorded, done = progress["made_of"], progress["done"]
+            known = isinstance(recorded, dict) and type(done) is int and done >= 0
+        except (ValueError, TypeError, KeyError):
+            known = False
+        if not known:
             if speaks:
                 tqdm.write(
-                    f"{self.path}: an earlier version did not record what these posterior samples "
-                    "were made of; they are drawn again",
+                    f"{self.path}: a damaged file or an earlier version does not say what these "
+                    "posterior samples were made of; they are drawn again",
                     file=sys.stderr,
                 )
             return 0
-        others = [
-            other for key, other in OTHERS.items() if progress["made_of"].get(key) != made_of[key]
-        ]
+        others = [other for key, other in OTHERS.items() if recorded.get(key) != made_of[key]]
         if others:
             raise EbmPriorError(
                 f"{self.path} holds posterior samples of {' and '.join(others)}; go on with what "
                 "they were made of, or delete this file to draw them anew"
             )
         # a shorter file has lost what it held
-        return progress["done"] if self.path.stat().st_size == size else 0
+        return done if self.path.stat().st_size == size else 0
 
     def _announce(self, stream: PosteriorStream, size: int, share: float) -> None:
         times = f", {stream.draws} times each" if stream.draws > 1 else ""

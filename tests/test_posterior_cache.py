@@ -142,6 +142,26 @@ def test_a_cache_of_an_earlier_version_is_made_again(toy, images, path, half, wh
     assert str(path) in line and "drawn again" in line
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[:20],
+        lambda text: b"\xff\xfe" + text,
+        lambda text: b"[]",
+        lambda text: text.replace(b'"done": 200', b'"done": "200"'),
+        lambda text: text.replace(b'"done": 200', b'"done": -200'),
+        lambda text: text.replace(b'"done"', b'"gone"'),
+        lambda text: text.replace(b'"made_of": {', b'"made_of": [], "other": {'),
+    ],
+)
+def test_a_damaged_record_is_none(path, half, whole, capsys, spoil):
+    record = path.with_suffix(".json")
+    record.write_bytes(spoil(record.read_bytes()))
+    path.write_bytes(bytes(path.stat().st_size))
+    assert (PosteriorCache(half, path, SEED).rows == whole).all()
+    assert f"{path}: a damaged file" in capsys.readouterr().err
+
+
 def test_a_file_that_lost_rows_is_made_again(path, half, whole):
     os.truncate(path, 1000)
     assert (PosteriorCache(half, path, SEED).rows == whole).all()
