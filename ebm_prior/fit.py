@@ -166,10 +166,15 @@ class FitConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> FitConfig:
-        """Rebuild from `asdict`; unknown keys raise."""
-        unknown = values.keys() - {field.name for field in fields(cls)}
+        """Rebuild from `asdict`; unknown keys and values of another kind raise."""
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        unknown = values.keys() - kinds.keys()
         if unknown:
             raise EbmPriorError(f"unknown fit settings: {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            kind = (int, float) if kinds[name] in (int, float) else kinds[name]
+            if not isinstance(value, kind):
+                raise EbmPriorError(f"the fit setting {name} cannot be {value!r}")
         return cls(**values)
 
 

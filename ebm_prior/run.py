@@ -84,6 +84,8 @@ class RunFolder:
             raise EbmPriorError(
                 f"{self.path / CONFIG}: field training.fit or backbone.path is wrong"
             )
+        if "data" in training and not _names_images(training["data"]):
+            raise EbmPriorError(f"{self.path / CONFIG}: field training.data is wrong")
         return config
 
     def save_heads(self, data: bytes) -> None:
@@ -115,11 +117,11 @@ class RunFolder:
         path = self.path / "log.jsonl"
         if path.exists():
             kept = []
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     if json.loads(line)["iteration"] <= iteration:
                         kept.append(line + "\n")
-                except (ValueError, KeyError):  # a line cut off by a kill
+                except (ValueError, KeyError, TypeError):  # cut off by a kill, or damaged
                     continue
             write_text(path, "".join(kept))
 
@@ -174,6 +176,16 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
             return tensors, json.loads(file.metadata()["state"])
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise EbmPriorError(f"{path} is damaged: {error}; start the run anew") from error
+
+
+def _names_images(data: object) -> bool:
+    """Whether a value says which images a run was started on, as `--resume` reads it."""
+    return (
+        isinstance(data, dict)
+        and isinstance(data.get("source"), str)
+        and isinstance(data.get("resize"), bool)
+        and isinstance(data.get("limit"), (int, type(None)))
+    )
 
 
 def _scalars(record: dict, prefix: str = "") -> Iterable[tuple[str, float]]:

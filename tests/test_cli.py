@@ -376,6 +376,16 @@ def test_a_damaged_run_is_not_resumed(world, tmp_path):
     (tmp_path / "run" / "heads.safetensors").unlink()
     path.write_text(json.dumps(config))
     assert "fit --resume" in run("sample", "--heads", tmp_path / "run", code=1)
+    wrong = {"source": 5, "resize": False, "limit": None}
+    for data in (None, "x.npz", wrong, {"source": "x.npz"}):
+        training = config["training"] | {"data": data}
+        path.write_text(json.dumps(config | {"training": training}))
+        line = run("fit", "--resume", tmp_path / "run", code=1)
+        assert line == f"Error: {path}: field training.data is wrong"
+    training = config["training"] | {"fit": config["training"]["fit"] | {"batch_size": "16"}}
+    path.write_text(json.dumps(config | {"training": training}))
+    line = run("fit", "--resume", tmp_path / "run", code=1)
+    assert line == "Error: the fit setting batch_size cannot be '16'"
     del config["backbone"]
     path.write_text(json.dumps(config))
     assert "field backbone.name" in run("fit", "--resume", tmp_path / "run", code=1)

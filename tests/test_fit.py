@@ -527,6 +527,13 @@ def test_binary_backbones_see_images_drawn_anew(toy):
     assert abs(x.mean().item() - 64 / 255) < 5 * (0.25 * 0.75 / x.numel()) ** 0.5
 
 
+def test_a_damaged_log_keeps_its_whole_lines(tmp_path):
+    lines = [b'{"iteration": 10}', b"\xff\xfe\0", b"[1]", b"5", b'{"iteration": 30}', b'{"iter']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    RunFolder(tmp_path).rewind_log(20)
+    assert (tmp_path / "log.jsonl").read_bytes() == b'{"iteration": 10}\n'
+
+
 def test_unknown_settings_are_named():
     with pytest.raises(EbmPriorError, match="unknown fit settings: nce_lrr"):
         FitConfig.from_dict({"nce_lrr": 1})
