@@ -238,5 +238,6 @@ def out_of_memory(error: RuntimeError) -> bool:
     return (
         isinstance(error, torch.OutOfMemoryError)
         or "DefaultCPUAllocator: can't allocate memory" in text
+        or text == "could not create a primitive"  # of oneDNN, on the CPU
         or "MPS backend out of memory" in text
     )

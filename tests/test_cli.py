@@ -308,6 +308,20 @@ def test_wrong_image_sizes_are_refused_or_resized(tmp_path):
     run(*args, "--resize")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_outside_of_chains_says_what_to_do(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(EnergyPrior, "images", lambda *_: (_ for _ in ()).throw(error))
+    line = run("sample", "--steps", 1, "--out", tmp_path / "x.png", code=1)
+    assert line.startswith("Error: out of memory; free some, lower the batch size")
+
+
 def test_a_traceback_only_with_debug(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line")

@@ -11,6 +11,7 @@ from ebm_prior.transitions import TRANSITIONS
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+    "onednn": RuntimeError("could not create a primitive"),
     "mps": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
 }
 

@@ -85,10 +85,21 @@ class Cli(click.Group):
                 f"unexpected {type(error).__name__}: {text[0] if text else ''}; "
                 "run again with --debug for the traceback"
             )
+            if _out_of_memory(error):
+                message = "out of memory; free some, lower the batch size, or use another --device"
             code = 1
         if is_main() or code == 1:  # wrong usage is the same in every process
             click.echo(f"Error: {' '.join(message.split())}", err=True)
         sys.exit(code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed outside of chains, which would have gone on with fewer."""
+    if isinstance(error, RuntimeError):
+        from ebm_prior.micro_batch import out_of_memory
+
+        return out_of_memory(error)
+    return isinstance(error, MemoryError)
 
 
 def _thread_stopped(args: threading.ExceptHookArgs) -> None:
