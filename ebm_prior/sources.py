@@ -206,7 +206,9 @@ def _npz(path: Path, split: str | None, stack: ExitStack) -> Part:
 
     def array(key: str) -> np.ndarray:
         try:
-            return archive[key]
+            if isinstance(found := archive[key], np.ndarray):
+                return found
+            raise ValueError("it is no array")  # but bytes: any file can be in a zip
         except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
             raise EbmPriorError(f"{path}: cannot read {key} ({e})") from e
 

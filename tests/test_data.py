@@ -475,6 +475,8 @@ def test_npz_of_the_wrong_kind(tmp_path):
     refused("cannot read images .*pickle", images=np.array([{}, None], dtype=object))
     (tmp_path / "a.npz").write_bytes(b"not a zip")
     fails("a.npz is not a readable zip", tmp_path / "a.npz")
+    where = write(tmp_path / "b.zip", {"images": b"no array"}).rename(tmp_path / "b.npz")
+    fails("cannot read images .it is no array", where)
 
 
 def test_an_array_that_claims_to_be_huge(tmp_path):
