@@ -334,6 +334,13 @@ def test_a_traceback_only_with_debug(monkeypatch):
         assert isinstance(result.exception, RuntimeError)
 
 
+def test_names_in_files_do_not_move_the_cursor(tmp_path):
+    np.savez(tmp_path / "x.npz", **{"a\x1b[2J\nb": np.zeros(3)})
+    args = [str(a) for a in (*FIT[:5], "--data", tmp_path / "x.npz", "--out", tmp_path / "run")]
+    result = CliRunner().invoke(main, args, color=True)  # as on a terminal
+    assert result.exit_code == 1 and result.stderr.endswith("it holds a\\x1b[2J b\n")
+
+
 FULL_DISK = """
 import errno, sys
 from tensorboard.summary.writer.record_writer import RecordWriter

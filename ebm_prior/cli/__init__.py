@@ -89,8 +89,14 @@ class Cli(click.Group):
                 message = "out of memory; free some, lower the batch size, or use another --device"
             code = 1
         if is_main() or code == 1:  # wrong usage is the same in every process
-            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            click.echo(f"Error: {_one_line(message)}", err=True)
         sys.exit(code)
+
+
+def _one_line(message: str) -> str:
+    """A message that may quote names in strangers' files, without what moves the cursor."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -120,7 +126,7 @@ def _one_line_each() -> Callable[..., None]:
     shown = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        line = f"Warning: {' '.join(str(message).split())}"
+        line = f"Warning: {_one_line(str(message))}"
         if line not in shown:
             click.echo(line, err=True)
         shown.add(line)
