@@ -256,7 +256,7 @@ def fit(
     before = prior.precision, prior.compiled, prior.backbone.checkpointing
     prior.precision, prior.compiled = config.precision, config.compiled
     try:
-        with CtrlC() as ctrl_c:
+        with run.alone(), CtrlC() as ctrl_c:
             return fitting.run_all(images, ctrl_c, resume)
     finally:
         prior.precision, prior.compiled, prior.backbone.checkpointing = before

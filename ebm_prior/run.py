@@ -11,9 +11,11 @@ samples/*.png       sample grids
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +65,21 @@ class RunFolder:
                 f"cannot create {self.path}: {error.strerror}; choose another --out"
             ) from error
         self.write_config(config)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context in which no other process can work on this run; a kill ends it too.
+
+        Raises:
+            EbmPriorError: If another one does. Each would take the other's state for its own,
+                and the one that is behind replace the finished heads.
+        """
+        lock = _lock(self.path)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
 
     def write_config(self, config: dict) -> None:
         """Replace `config.json`."""
@@ -156,6 +173,7 @@ class Onlooker(RunFolder):
 
     start = write_config = save_heads = save_state = drop_cache = _leave
     finish = rewind_log = log = _leave
+    alone = nullcontext
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
@@ -176,6 +194,30 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
             return tensors, json.loads(file.metadata()["state"])
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise EbmPriorError(f"{path} is damaged: {error}; start the run anew") from error
+
+
+def _lock(folder: Path) -> int | None:
+    """Open and lock a folder; None where that cannot be done.
+
+    Raises:
+        EbmPriorError: If another process has locked it.
+    """
+    try:
+        import fcntl
+
+        lock = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; no folder yet
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise EbmPriorError(
+            f"another process is at work on {folder}; wait for its end, or stop it first"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def _names_images(data: object) -> bool:

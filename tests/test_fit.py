@@ -392,6 +392,22 @@ def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
     fit(prior, images, FitConfig(**QUICK), run_dir=tmp_path / "run", resume=True)
 
 
+def test_no_two_processes_work_on_one_run(toy, tmp_path):
+    images, config, other = mismatched_images(toy), FitConfig(**QUICK), []
+
+    def meanwhile(iteration):
+        if iteration == 30:
+            with pytest.raises(EbmPriorError, match="another process is at work on .*run; wait"):
+                fit(new_prior(toy), images, config, run_dir=tmp_path / "run", resume=True)
+            other.append(RunFolder(tmp_path / "run").load_state()[1]["total"])
+            raise KeyboardInterrupt  # a run that ended in any way can be resumed
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_prior(toy), images, config, run_dir=tmp_path / "run", on_save=meanwhile)
+    assert other == [20]
+    fit(new_prior(toy), images, config, run_dir=tmp_path / "run", resume=True)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A fit of a toy that was killed after its save at iteration 20; all it was made of."""

@@ -392,6 +392,8 @@ def test_folders_that_hold_a_run_are_refused(tmp_path):
         go(tmp_path / "run", resume=True)
 
     def press(*_):
+        with pytest.raises(EbmPriorError, match="another process is at work on .*other; wait"):
+            go(tmp_path / "other", resume=True)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="at iteration 1 of 8; .* --resume --out"):

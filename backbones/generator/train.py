@@ -130,13 +130,14 @@ def train(
     loop = _Joint(images, out, dataset, config, check_device(device), record or {})
     if not resume:
         loop.run_folder.start(loop.describe("running"))
-    # a run killed before its first save begins again
-    loop.prepare(resume and state_exists(out / STATE))
-    loop.run_folder.rewind_log(loop.step)
-    if not loop.step:
-        loop.write("running")
-    loop.run(progress)
-    return loop.finish(time.monotonic() - began)
+    with loop.run_folder.alone():
+        # a run killed before its first save begins again
+        loop.prepare(resume and state_exists(out / STATE))
+        loop.run_folder.rewind_log(loop.step)
+        if not loop.step:
+            loop.write("running")
+        loop.run(progress)
+        return loop.finish(time.monotonic() - began)
 
 
 class _Joint(Loop):
