@@ -36,6 +36,7 @@ from ebm_prior.prefetch import Prefetch
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
 from ebm_prior.ranks import Ranks, Share
 from ebm_prior.run import CACHE, STATE, Onlooker, RunFolder, environment
+from ebm_prior.saved import CONFIG
 from ebm_prior.transitions import FITTED, MAX_STEP_SIZE
 
 __all__ = ["DivergenceError", "FitConfig", "FitResult", "fit"]
@@ -217,7 +218,8 @@ def fit(
         images: Training images, uint8, (N, C, H, W) of the backbone's image shape.
         config: Settings.
         run_dir: Run folder to create, or to continue with `resume`.
-        resume: Continue an interrupted run; on the CPU to the bit-identical result.
+        resume: Continue an interrupted run of the same settings; on the CPU to the
+            bit-identical result.
         record: More values for `config.json` (command, data set, ...).
         on_save: Called every `save_every` iterations with the iterations done; `prior` then
             holds the averaged heads.
@@ -252,6 +254,8 @@ def fit(
     fitting = _Fit(prior, config, run, record or {}, on_save, ranks)
     if not resume:
         run.start(fitting.describe("running"))
+    elif (run.path / CONFIG).exists():
+        refuse_other(config, run)
     ranks.wait()
     before = prior.precision, prior.compiled, prior.backbone.checkpointing
     prior.precision, prior.compiled = config.precision, config.compiled
@@ -260,6 +264,17 @@ def fit(
             return fitting.run_all(images, ctrl_c, resume)
     finally:
         prior.precision, prior.compiled, prior.backbone.checkpointing = before
+
+
+def refuse_other(config: FitConfig, run: RunFolder) -> None:
+    """Raise `EbmPriorError` unless a run was started with these settings."""
+    stored = asdict(FitConfig.from_dict(run.config()["training"]["fit"]))
+    for name, value in asdict(config).items():
+        if value != stored[name]:
+            raise EbmPriorError(
+                f"{name} {value} differs from the {stored[name]} of {run.path}; a resumed run "
+                "keeps its settings"
+            )
 
 
 class _Fit:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -421,6 +422,12 @@ def saved(tmp_path_factory):
     with pytest.raises(KeyboardInterrupt):
         fit(new_prior(toy), images, config, run_dir=run, on_save=stop)
     return toy, run, images, config
+
+
+def test_a_resumed_run_keeps_its_settings(saved):
+    toy, run, images, config = saved
+    with pytest.raises(EbmPriorError, match="batch_size 16 differs from the 32 of .*run; a res"):
+        fit(new_prior(toy), images, replace(config, batch_size=16), run_dir=run, resume=True)
 
 
 @pytest.mark.parametrize(
