@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +59,7 @@ class RunFolder:
         try:
             (self.path / "state").mkdir(parents=True, exist_ok=True)
             (self.path / "samples").mkdir(exist_ok=True)
+            (self.path / STATE).unlink(missing_ok=True)  # of a run whose configuration is gone
         except OSError as error:
             raise EbmPriorError(
                 f"cannot create {self.path}: {error.strerror}; choose another --out"
@@ -124,8 +124,14 @@ class RunFolder:
         (self.path / CACHE).with_suffix(".json").unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Drop what only an unfinished run needs."""
-        shutil.rmtree(self.path / "state", ignore_errors=True)
+        """Drop what only an unfinished run needs, and nothing that was in its folder before."""
+        state = (self.path / STATE).parent
+        with suppress(OSError):
+            for cut_off in state.glob(f".{'[0-9a-f]' * 12}.tmp"):  # by a kill
+                cut_off.unlink()
+            self.drop_cache()
+            (self.path / STATE).unlink(missing_ok=True)
+            state.rmdir()  # fails where it holds anything else
         if self._events is not None:
             self._events.close()
 

@@ -393,6 +393,34 @@ def test_a_full_disk_leaves_the_last_good_files(toy, tmp_path, monkeypatch):
     fit(prior, images, FitConfig(**QUICK), run_dir=tmp_path / "run", resume=True)
 
 
+def test_what_was_in_the_folder_before_stays(toy, tmp_path):
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "state" / "own.txt").write_text("my own")
+    (run / "state" / ".0123456789ab.tmp").write_text("of a save that was killed")
+    fit(new_prior(toy), mismatched_images(toy), FitConfig(**QUICK), run_dir=run)
+    assert [path.name for path in (run / "state").iterdir()] == ["own.txt"]
+
+
+def test_a_new_run_never_goes_on_from_the_state_of_an_old_one(saved, tmp_path):
+    toy, run, images, config = saved
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    config = replace(config, seed=5, save_every=100)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Fit, "update", stop)
+        (tmp_path / "run" / "state" / "posterior.json").unlink()
+        fit(new_prior(toy), images, config, run_dir=tmp_path / "run")
+    parts, whole = new_prior(toy), new_prior(toy)
+    fit(parts, images, config, run_dir=tmp_path / "run", resume=True)
+    fit(whole, images, config, run_dir=tmp_path / "whole")
+    assert torch.equal(weights(parts), weights(whole))
+
+
 def test_no_two_processes_work_on_one_run(toy, tmp_path):
     images, config, other = mismatched_images(toy), FitConfig(**QUICK), []
 
