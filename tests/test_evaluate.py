@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from backbones.toy import ToyBackbone
-from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, load_backbone
+from ebm_prior import EbmPriorError, EnergyPrior, SamplerConfig, load_backbone, registry
 from ebm_prior.card import model_card
 from ebm_prior.cli import main
 from ebm_prior.evaluate import SETS, Evaluation, Repeated, evaluate
@@ -74,6 +74,13 @@ def test_a_statistics_file_takes_the_place_of_the_test_images(world):
     other = json.loads(run(*EVALUATE, "--reference", "train.npz", "--json"))
     assert other["reference_images"] == 200 and other["energy"] != direct["energy"]
     assert not (world / "heads" / "state").exists()
+
+
+def test_the_feature_network_goes_where_the_backbone_went(world, monkeypatch):
+    """Each of several processes has a GPU of its own, which `cuda` alone does not name."""
+    monkeypatch.setattr(registry, "check_device", lambda device: torch.device("cpu"))
+    direct = run(*EVALUATE, "--json")
+    assert run(*EVALUATE, "--json", "--device", "cuda") == direct
 
 
 def test_statistics_that_do_not_fit_are_refused(world):

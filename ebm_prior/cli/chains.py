@@ -138,7 +138,7 @@ def chains(
     reference = held_out(data, config, prior.backbone)
     network = None
     if reference is not None:
-        network = load_features(features, prior.backbone.image_shape, device=heads.device)
+        network = load_features(features, prior.backbone.image_shape, device=prior.backbone.device)
     chain.readjust(prior.backbone)
     result = study(
         prior,

@@ -162,7 +162,7 @@ def evaluate(
     prior, folder, config = heads.open()
     prior.precision, prior.compiled = precision, compiled
     backbone, sampler = prior.backbone, chain.config(prior)
-    network = features.open(backbone.image_shape, heads.device)
+    network = features.open(backbone.image_shape, backbone.device)
     data = data.or_recorded(config)
     if reference is not None:  # refused before the images are read, if it is
         known = FeatureStatistics.load(reference).of(network, backbone.image_shape)
