@@ -58,12 +58,12 @@ class Prefetch:
         ahead, self.ahead = self.ahead, None
         if ahead is None or ahead[0] != number:
             return None
-        try:
-            return ahead[1].result()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
+        # Not raised here: its traceback, which holds what the attempt had allocated, would then
+        # hold this frame and so itself, and keep the memory until a garbage collection.
+        error = ahead[1].exception()
+        if isinstance(error, RuntimeError) and out_of_memory(error):
             return None  # no memory beside the caller's work; alone it may fit
+        return ahead[1].result()
 
     def _make(self, number: int) -> Latents:
         if self.stream is None:

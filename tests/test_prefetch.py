@@ -1,5 +1,7 @@
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -91,6 +93,28 @@ def test_a_batch_without_memory_beside_the_chains_is_made_again_alone(error):
     with Prefetch(make, 3, CPU) as prefetched, pytest.raises(type(error), match="memory"):
         prefetched(0), prefetched(1)
     assert not running()
+
+
+def test_a_batch_is_made_again_once_the_first_attempt_has_let_go_of_its_memory():
+    attempts, alive = [], []
+
+    def make(number):
+        large = torch.zeros(1000)
+        if number == 1:
+            alive.append(sum(ref() is not None for ref in attempts))
+            attempts.append(weakref.ref(large))
+            if len(attempts) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return (large,)
+
+    gc.disable()  # which may come too late
+    try:
+        with Prefetch(make, 3, CPU) as prefetched:
+            for number in range(2):
+                prefetched(number)
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 @pytest.mark.gpu
