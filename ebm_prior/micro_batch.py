@@ -232,12 +232,23 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
+# What libraries beneath torch say in a plain RuntimeError. cuDNN's line is also torch's last
+# word where every algorithm of a convolution failed for lack of memory.
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "was unable to find an engine to execute this computation",
+)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; only those on CUDA have an error class of their own."""
+    """Whether an allocation failed; only those of torch on CUDA have an error class."""
     text = str(error)
     return (
         isinstance(error, torch.OutOfMemoryError)
-        or "DefaultCPUAllocator: can't allocate memory" in text
         or text == "could not create a primitive"  # of oneDNN, on the CPU
-        or "MPS backend out of memory" in text
+        or any(line in text for line in NO_MEMORY)
     )

@@ -74,6 +74,23 @@ def test_what_does_not_fit_at_all_is_said(toy, monkeypatch):
         sampled(new_prior(toy))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ],
+)
+def test_nor_do_libraries_on_cuda_that_find_no_memory_stop_a_chain(toy, text, monkeypatch):
+    prior = new_prior(toy)
+    limit_memory(monkeypatch, 3, RuntimeError(text))
+    sampled(prior)
+    assert prior.micro_batch == 2
+
+
 def test_other_errors_are_not_taken_for_it(toy, monkeypatch):
     asked = limit_memory(monkeypatch, 3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
