@@ -66,17 +66,20 @@ class CompiledEnergy:
             self.function(prior, eps, temperature)
         if sys.stderr.isatty():
             tqdm.write(f"compiling for {len(eps[0])} chains: a minute or more", file=sys.stderr)
+        on_cuda = prior.backbone.device.type == "cuda"
         try:
             if self.graph is None:
                 self.graph = torch.compile(
                     self.function,
                     fullgraph=True,
                     dynamic=False,
-                    mode="reduce-overhead" if prior.backbone.device.type == "cuda" else None,
+                    mode="reduce-overhead" if on_cuda else None,
                 )
-            points = tuple(tensor.detach().clone().requires_grad_() for tensor in eps)
-            value = self.run(prior, points, temperature)
-            torch.autograd.grad(value.sum(), points, allow_unused=True)
+            # on CUDA the first run warms up, the second records the graphs, the third replays
+            for _ in range(3 if on_cuda else 1):
+                points = tuple(tensor.detach().clone().requires_grad_() for tensor in eps)
+                value = self.run(prior, points, temperature)
+                torch.autograd.grad(value.sum(), points, allow_unused=True)
         except Exception as error:  # a compiler may raise anything
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise

@@ -1,6 +1,7 @@
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,30 @@ def test_a_failure_is_said_once_and_changes_nothing(backend, capsys, kind):
     (line,) = capsys.readouterr().err.splitlines(keepends=True)
     assert line.startswith("not compiled, which is only slower: " + message) and len(line) < 300
     assert not prior._compiled_energy.works
+
+
+@pytest.mark.parametrize("failing", [2, 3])
+def test_recording_and_replaying_a_cuda_graph_are_tried_too(backend, capsys, failing):
+    runs = []
+
+    def recorder(graph, _):
+        def run(*args):
+            runs.append(args)
+            if len(runs) == failing:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return graph(*args)
+
+        return run
+
+    backend(recorder)
+    on_cuda = SimpleNamespace(
+        precision="fp32", backbone=SimpleNamespace(device=torch.device("cuda"))
+    )
+    energy = CompiledEnergy(lambda prior, eps, temperature: temperature * eps[0].sum(1))
+    for _ in range(3):
+        assert energy(on_cuda, (torch.ones(2, 3),), 2.0).tolist() == [6, 6]
+    assert len(runs) == failing and not energy.works
+    assert "stream is capturing" in capsys.readouterr().err
 
 
 def test_no_compiler_at_all(monkeypatch, capsys):
