@@ -23,9 +23,10 @@ MAX_GRAPHS = 8  # torch keeps no more of one function, and gives all up at the n
 class CompiledEnergy:
     """`function(prior, eps, temperature)` by `torch.compile`.
 
-    Every batch size, temperature and precision is compiled once, forward and backward pass; after
-    the first eight, others run as they are. The first time that compiling does not
-    work, for whatever reason, one line says why, and from then on the function runs as it is.
+    Every batch size, choice of groups that move, temperature and precision is compiled once,
+    forward and backward pass; after the first eight, others run as they are. The first time that
+    compiling does not work, for whatever reason, one line says why, and from then on the function
+    runs as it is.
     On CUDA the passes are replayed as CUDA graphs.
 
     Args:
@@ -45,7 +46,8 @@ class CompiledEnergy:
     def __call__(self, prior: EnergyPrior, eps: Sequence[Tensor], temperature: float) -> Tensor:
         """The function's value; errors of its own are raised, those of compiling are not."""
         eps = tuple(tensor.contiguous() for tensor in eps)  # else compiled for each layout too
-        what = (prior.precision, temperature, *(tensor.shape for tensor in eps))
+        of_eps = ((tensor.shape, tensor.requires_grad) for tensor in eps)
+        what = (prior.precision, temperature, *of_eps)
         if self.works and what not in self.tried:
             if len(self.tried) == MAX_GRAPHS:
                 return self.function(prior, eps, temperature)
@@ -77,9 +79,10 @@ class CompiledEnergy:
                 )
             # on CUDA the first run warms up, the second records the graphs, the third replays
             for _ in range(3 if on_cuda else 1):
-                points = tuple(tensor.detach().clone().requires_grad_() for tensor in eps)
+                points = tuple(e.detach().clone().requires_grad_(e.requires_grad) for e in eps)
                 value = self.run(prior, points, temperature)
-                torch.autograd.grad(value.sum(), points, allow_unused=True)
+                moving = [point for point in points if point.requires_grad]
+                torch.autograd.grad(value.sum(), moving, allow_unused=True)
         except Exception as error:  # a compiler may raise anything
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise

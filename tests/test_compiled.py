@@ -113,6 +113,19 @@ def test_more_sizes_than_torch_keeps_run_as_they_are(backend, capsys):
     assert "not compiled" not in capsys.readouterr().err
 
 
+def test_nor_do_more_choices_of_what_moves_fail(backend, capsys):
+    backend("eager")
+    on_cpu = SimpleNamespace(
+        precision="fp32", backbone=SimpleNamespace(device=torch.device("cpu"))
+    )
+    energy = CompiledEnergy(lambda prior, eps, temperature: sum(e.sum(1) for e in eps))
+    for i in range(MAX_GRAPHS + 2):
+        eps = [torch.ones(2, 1, requires_grad=i == j) for j in range(MAX_GRAPHS + 2)]
+        for _ in range(2):
+            assert energy(on_cpu, eps, 1.0).tolist() == [MAX_GRAPHS + 2] * 2
+    assert energy.works and not capsys.readouterr().err
+
+
 def test_only_gradients_are(backend):
     counter = backend(CompileCounterWithBackend("eager"))
     prior = small(compiled=True)
@@ -179,7 +192,8 @@ def test_recording_and_replaying_a_cuda_graph_are_tried_too(backend, capsys, fai
     )
     energy = CompiledEnergy(lambda prior, eps, temperature: temperature * eps[0].sum(1))
     for _ in range(3):
-        assert energy(on_cuda, (torch.ones(2, 3),), 2.0).tolist() == [6, 6]
+        point = torch.ones(2, 3, requires_grad=True)
+        assert energy(on_cuda, (point,), 2.0).tolist() == [6, 6]
     assert len(runs) == failing and not energy.works
     assert "stream is capturing" in capsys.readouterr().err
 
