@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Posterior
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.langevin import randn
 from ebm_prior.likelihoods import GaussianLikelihood
 
 __all__ = ["ToyBackbone", "load", "recognises"]
@@ -74,7 +75,7 @@ class ToyBackbone(Backbone):
 
     def prior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of (z_2, z_1) under the Gaussian prior."""
-        eye = torch.eye(self.A.shape[1], dtype=self.A.dtype)
+        eye = torch.eye(self.A.shape[1], dtype=self.A.dtype, device=self.A.device)
         cross = self.A
         bottom = self.A @ self.A.T + self.s.square().diag()
         covariance = torch.cat([torch.cat([eye, cross.T], 1), torch.cat([cross, bottom], 1)])
@@ -100,12 +101,7 @@ class ToyBackbone(Backbone):
         top = self.A.shape[1]
         mean, cov = self.posterior_moments(x)
         if noise is None:
-            noise = [
-                torch.randn(
-                    (len(x), *g.shape), generator=generator, device=x.device, dtype=x.dtype
-                )
-                for g in self.groups
-            ]
+            noise = [randn(x.new_empty(len(x), *g.shape), generator) for g in self.groups]
         self.check_latents(noise, "noise")
         log_q, z = [], []
         for i, block in enumerate((slice(0, top), slice(top, None))):

@@ -275,6 +275,12 @@ def test_backbones_are_found_by_entry_point(tmp_path):
             ebm_prior.load_backbone("toy", tmp_path / "toy.json", device="cuda")
 
 
+def test_the_toy_runs_where_its_weights_are():
+    toy = ToyBackbone().to("meta")
+    x = torch.empty(2, *toy.image_shape, device="meta")
+    assert all(tensor.is_meta for tensor in toy.posterior_moments(x))
+
+
 def test_the_core_never_imports_the_adapters():
     import subprocess
     import sys
