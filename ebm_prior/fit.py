@@ -30,7 +30,7 @@ from ebm_prior.interrupt import CtrlC, Interrupted
 from ebm_prior.langevin import ChainState, flatten, keyed_generator, pcnl_step, start_chain
 from ebm_prior.losses import contrastive_loss, nce_loss
 from ebm_prior.micro_batch import MicroBatched, out_of_memory
-from ebm_prior.posterior_cache import PosteriorStream, posterior_source, split_inputs
+from ebm_prior.posterior_cache import PosteriorStream, posterior_source, row_size, split_inputs
 from ebm_prior.precision import PRECISIONS
 from ebm_prior.prefetch import Prefetch
 from ebm_prior.prior import EnergyPrior, SamplerConfig, frozen
@@ -48,6 +48,8 @@ SCALARS = (
     "phase", "iteration", "total", "lr_scale", "rollbacks", "best_loss", "since_best",
     "step_size", "held_out_loss", "chain_rows",
 )  # fmt: skip
+HELD_OUT = 2000  # rows that judge, and as many prior samples
+HELD_OUT_KEPT = 1 << 30  # numbers of either, 4 GiB in float32; 256x256 images have millions a row
 GOOD = "good."  # prefix of the state to roll back to, where it is not the saved one
 
 
@@ -597,8 +599,10 @@ class _Fit:
         if "nce" not in self.phases:
             return
         generator = torch.Generator().manual_seed(self.config.seed + 1)
-        for start in range(0, min(len(self.held_out), 2000), 200):
-            index = self.held_out[start : start + 200]
+        most = max(HELD_OUT_KEPT // row_size(self.prior), 2)
+        rows = min(len(self.held_out), HELD_OUT, most)
+        for start in range(0, rows, 200):
+            index = self.held_out[start : min(start + 200, rows)]
             self.judged.append(
                 (self.source(index, generator), self.gaussian_inputs(len(index), generator))
             )

@@ -17,7 +17,7 @@ from ebm_prior import fit as fit_function
 from ebm_prior.fit import DivergenceError, _Fit
 from ebm_prior.interrupt import Interrupted
 from ebm_prior.losses import contrastive_loss, nce_loss
-from ebm_prior.posterior_cache import PosteriorStream
+from ebm_prior.posterior_cache import PosteriorStream, row_size
 from ebm_prior.run import RunFolder, newest_run
 
 QUICK = dict(
@@ -553,6 +553,18 @@ def test_every_prior_sample_serves_as_often_as_reuse_says(toy, tmp_path):
     fitting.gaussian_negatives()
     changed = (fitting.pool != before).any(1).nonzero().flatten()
     assert changed.tolist() == list(range(40, 48))  # a quarter of the batch, the oldest rows
+
+
+@pytest.mark.parametrize("fit_in, rows", [(1e9, [200, 50]), (34, [34]), (0.1, [2])])
+def test_as_many_judge_as_fit_into_memory(toy, tmp_path, monkeypatch, fit_in, rows):
+    prior = new_prior(toy)
+    kept = int(fit_in * row_size(prior))
+    monkeypatch.setattr(sys.modules["ebm_prior.fit"], "HELD_OUT_KEPT", kept)
+    fitting = _Fit(prior, FitConfig(draws=1, held_out=0.5), RunFolder(tmp_path / "run"), {})
+    fitting.open_source(mismatched_images(toy, 500), lambda: None)
+    positives, negatives = zip(*fitting.judged, strict=True)
+    assert [len(inputs[0]) for inputs in positives] == rows
+    assert [len(inputs[0]) for inputs in negatives] == rows
 
 
 def test_draws_of_a_held_out_image_are_never_trained_on(toy, tmp_path):
