@@ -686,16 +686,17 @@ class _Fit:
     # -- state ----------------------------------------------------------------------------
 
     def capture(self) -> tuple[dict[str, Tensor], dict]:
-        """Copies of everything that changes: tensors, and plain values."""
-        tensors = {"generator": self.generator.get_state().clone()}
+        """Copies of everything that changes: tensors, in the host's memory, and plain values."""
+        tensors = {"generator": self.generator.get_state()}
         for kind in ("parameters", "average", "best"):
             for i, tensor in enumerate(getattr(self, kind)):
-                tensors[f"{kind}.{i}"] = tensor.detach().clone()
+                tensors[f"{kind}.{i}"] = tensor.detach()
         for i, parameter in enumerate(self.parameters):
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{i}.{key}"] = value.detach().clone()
+                tensors[f"optimizer.{i}.{key}"] = value.detach()
         if self.pool is not None:
-            tensors["pool"] = self.pool.clone()
+            tensors["pool"] = self.pool
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         return tensors, {name: getattr(self, name) for name in SCALARS}
 
     @property

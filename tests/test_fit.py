@@ -555,6 +555,15 @@ def test_every_prior_sample_serves_as_often_as_reuse_says(toy, tmp_path):
     assert changed.tolist() == list(range(40, 48))  # a quarter of the batch, the oldest rows
 
 
+@pytest.mark.gpu
+def test_what_a_rollback_needs_is_kept_in_the_hosts_memory(tmp_path):
+    toy = ToyBackbone().to("cuda").freeze()
+    fitting = _Fit(new_prior(toy), FitConfig(), RunFolder(tmp_path / "run"), {})
+    fitting.pool = torch.zeros(3, 2, device="cuda")
+    kept, _ = fitting.capture()
+    assert {tensor.device.type for tensor in kept.values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("fit_in, rows", [(1e9, [200, 50]), (34, [34]), (0.1, [2])])
 def test_as_many_judge_as_fit_into_memory(toy, tmp_path, monkeypatch, fit_in, rows):
     prior = new_prior(toy)
