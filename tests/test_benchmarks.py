@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from benchmarks import gpu, langevin_step, memory, peer, scaling, throughput
 from benchmarks.models import MODELS
 from benchmarks.timing import interleaved, ratios
+from ebm_prior import EbmPriorError
+from tests.test_micro_batch import ERRORS
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints/nvae_digits/checkpoint.pt"
 
@@ -95,6 +97,29 @@ def test_the_forms_of_an_iteration_learn_the_same(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_its_benchmark_says_so():
     assert run(gpu.main) == "no CUDA device: nothing measured\n"
+
+
+def test_what_cuda_graphs_keep_counts_as_memory(monkeypatch):
+    segments = [
+        {"total_size": size, "segment_pool_id": pool}
+        for size, pool in ((1, (0, 0)), (2, (0, 1)), (4, (3, 0)))
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert gpu.graph_memory() == 6
+
+
+def test_a_form_that_does_not_fit_is_left_out():
+    def ends_with(error):
+        def call():
+            raise error
+
+        return call
+
+    assert gpu.fits(lambda: None)
+    for error in (*ERRORS.values(), EbmPriorError("out of memory for a single chain")):
+        assert not gpu.fits(ends_with(error))
+    with pytest.raises(RuntimeError, match="shapes"):
+        gpu.fits(ends_with(RuntimeError("mat1 and mat2 shapes")))
 
 
 @pytest.mark.gpu
