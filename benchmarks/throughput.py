@@ -52,19 +52,27 @@ class Work:
         self.published = form == "published"
         self.density = log_density(prior, form, batch)
         self.optimizer = torch.optim.Adam(prior.heads.parameters(), lr=2e-5)
+        # noise of ours comes from the CPU, as `fit` and `sample` draw it: the same on any device
+        self.generator = None if self.published else torch.default_generator
         backbone = prior.backbone
         self.x = torch.rand(batch, *backbone.image_shape, device=backbone.device)
 
     def chains(self) -> Latents:
         """Noise at the chains' ends."""
-        start = self.prior.noise(self.batch)
+        start = self.prior.noise(self.batch, self.generator)
         with frozen(self.prior.heads):
-            return langevin(self.density, start, steps=self.steps, step_size=STEP_SIZE)
+            return langevin(
+                self.density,
+                start,
+                steps=self.steps,
+                step_size=STEP_SIZE,
+                generator=self.generator,
+            )
 
     @torch.no_grad()
     def posterior(self) -> Latents:
         """Posterior samples of the images."""
-        backbone, noise = self.prior.backbone, self.prior.noise(self.batch)
+        backbone, noise = self.prior.backbone, self.prior.noise(self.batch, self.generator)
         if not self.published:
             return backbone.posterior(self.x, noise).z
         with patch.object(F, "silu", lambda x: Swish.apply(x)):
