@@ -33,6 +33,8 @@ __all__ = [
     "pcnl", "pcnl_step", "rand", "randn", "start_chain", "value_alone",
 ]  # fmt: skip
 
+FEW = 1 << 16  # numbers, 256 KiB in float32
+
 Generators = torch.Generator | Sequence[torch.Generator] | Share | None
 """One generator for the batch, or one per sample (each sample then has its own stream)."""
 
@@ -318,14 +320,26 @@ def _draw(sampler: Callable, like: Tensor, generator: Generators) -> Tensor:
     if generator is None or isinstance(generator, torch.Generator):
         # a generator draws on its own device; the numbers then move to the chain's
         device = like.device if generator is None else generator.device
-        return sampler(like.shape, generator=generator, dtype=like.dtype, device=device).to(
-            like.device
-        )
+        drawn = sampler(like.shape, generator=generator, dtype=like.dtype, device=device)
+        return moved(drawn, like.device)
     if isinstance(generator, Share):
-        return generator.draw(sampler, like.shape, like.dtype).to(like.device)
+        return moved(generator.draw(sampler, like.shape, like.dtype), like.device)
     if len(generator) != len(like):
         raise EbmPriorError(f"{len(generator)} generators for a batch of {len(like)}")
     rows = [
         sampler(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator
     ]
-    return torch.stack(rows).to(like.device)
+    return moved(torch.stack(rows), like.device)
+
+
+def moved(drawn: Tensor, device: torch.device) -> Tensor:
+    """Random numbers on the chain's device.
+
+    A copy from pageable memory waits for all that a GPU was asked to do before it. A few, such
+    as one per chain for the Metropolis test, need not: the next step's noise is then drawn on
+    the CPU while the GPU is at this step's gradient. That noise does wait, so that never more
+    than a step's is under way.
+    """
+    if device.type == "cuda" and drawn.device.type == "cpu" and drawn.numel() <= FEW:
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal
 
 from ebm_prior import EbmPriorError, langevin, pcnl
-from ebm_prior.langevin import ChainState, _rho, flatten, randn
+from ebm_prior.langevin import FEW, ChainState, _rho, flatten, moved, rand, randn
 
 KAPPA, SHIFT = 2.0, 0.7  # E = kappa/2 eps^2 + shift * eps: p = N(-shift/(1+kappa), 1/(1+kappa))
 
@@ -192,3 +192,32 @@ def test_wrong_settings_are_refused(settings):
 def test_wrong_density_shape_is_refused():
     with pytest.raises(EbmPriorError, match="shape"):
         langevin(lambda e: log_density(e).sum(), start(2)[0], steps=1, step_size=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [FEW, FEW + 1])
+def test_numbers_arrive_whole_on_a_gpu_that_is_busy(n):
+    like, busy = torch.empty(n, device="cuda"), torch.randn(4000, 4000, device="cuda")
+    here, there = (torch.Generator().manual_seed(0) for _ in range(2))
+    found = []
+    for _ in range(20):
+        busy = (busy @ busy).tanh()
+        found.append(rand(like, there))
+    for numbers in found:
+        assert torch.equal(numbers.cpu(), rand(like.cpu(), here))
+
+
+@pytest.mark.parametrize("n, waits", [(FEW, False), (FEW + 1, True)])
+def test_few_numbers_do_not_wait_for_the_gpu(monkeypatch, n, waits):
+    calls = []
+
+    class Numbers(torch.Tensor):
+        def pin_memory(self):
+            calls.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            calls.append((device.type, non_blocking))
+
+    moved(torch.empty(n).as_subclass(Numbers), torch.device("cuda"))
+    assert calls == ([("cuda", False)] if waits else ["pinned", ("cuda", True)])
