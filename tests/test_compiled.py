@@ -291,3 +291,33 @@ def test_with_the_real_compiler():
     prior.compiled = True
     torch.testing.assert_close(drawn(prior), expected)
     assert prior._compiled_energy.works
+
+
+@pytest.mark.gpu
+def test_a_replay_overwrites_nothing_that_a_chain_still_needs():
+    prior = small()
+    prior.to("cuda")
+    start, config = prior.noise(4), SamplerConfig("langevin", 5, 0.1)
+    ends = []
+    for prior.compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        ends.append(prior.run_chain(start, config, generator=generator))
+    assert prior._compiled_energy.works
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, share", [("fp32", 0.01), ("bf16", 0.1)])
+def test_a_replay_sees_what_the_heads_are_now(precision, share):
+    prior = EnergyPrior.for_backbone(load(DIGITS / "checkpoint.pt", "cuda"), "both", nef=4, ndf=6)
+    prior.heads.requires_grad_(False)
+    prior.precision = precision
+    sizes = []
+    for _ in range(3):
+        (_, plain), (_, compiled) = of_both(prior, "energy_of_noise")
+        assert (compiled - plain).norm() < share * plain.norm()
+        sizes.append(plain.norm().item())
+        with torch.no_grad():
+            for parameter in prior.heads.parameters():
+                parameter.mul_(1.5)
+    assert prior._compiled_energy.works and sizes[2] > 2 * sizes[0]
