@@ -52,7 +52,7 @@ class Work:
         self.published = form == "published"
         self.density = log_density(prior, form, batch)
         self.optimizer = torch.optim.Adam(prior.heads.parameters(), lr=2e-5)
-        # noise of ours comes from the CPU, as `fit` and `sample` draw it: the same on any device
+        # ours has a generator of the CPU, as `fit` and `sample` have
         self.generator = None if self.published else torch.default_generator
         backbone = prior.backbone
         self.x = torch.rand(batch, *backbone.image_shape, device=backbone.device)

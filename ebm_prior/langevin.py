@@ -17,6 +17,7 @@ all by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,9 +35,15 @@ __all__ = [
 ]  # fmt: skip
 
 FEW = 1 << 16  # numbers, 256 KiB in float32
+MANY = 1 << 13  # numbers of one sample, 30 microseconds of a CPU's time
 
 Generators = torch.Generator | Sequence[torch.Generator] | Share | None
-"""One generator for the batch, or one per sample (each sample then has its own stream)."""
+"""One generator for the batch, or one per sample (each sample then has its own stream).
+
+A generator draws on its own device. Where one of the CPU serves chains on a GPU, samples of more
+than `MANY` numbers take a seed from it alone, and a generator of the GPU draws them: the CPU
+would need longer than the GPU for the gradient. They are then not the numbers of a CPU's chain.
+"""
 
 
 class StepInfo(NamedTuple):
@@ -317,28 +324,44 @@ def rand(like: Tensor, generator: Generators = None) -> Tensor:
 
 
 def _draw(sampler: Callable, like: Tensor, generator: Generators) -> Tensor:
-    if generator is None or isinstance(generator, torch.Generator):
-        # a generator draws on its own device; the numbers then move to the chain's
-        device = like.device if generator is None else generator.device
-        drawn = sampler(like.shape, generator=generator, dtype=like.dtype, device=device)
-        return moved(drawn, like.device)
-    if isinstance(generator, Share):
-        return moved(generator.draw(sampler, like.shape, like.dtype), like.device)
-    if len(generator) != len(like):
+    if generator is None or not len(like):
+        return sampler(like.shape, dtype=like.dtype, device=like.device)
+    several = isinstance(generator, Sequence)
+    if several and len(generator) != len(like):
         raise EbmPriorError(f"{len(generator)} generators for a batch of {len(like)}")
-    rows = [
-        sampler(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator
-    ]
-    return moved(torch.stack(rows), like.device)
+    device = generator[0].device if several else generator.device
+    if device.type == "cpu" and draws_itself(like):
+        return _draw_from_seeds(sampler, like, generator)
+    shape, options = like.shape, {"dtype": like.dtype, "device": device}
+    if several:
+        drawn = torch.stack([sampler(shape[1:], generator=g, **options) for g in generator])
+    elif isinstance(generator, Share):
+        drawn = generator.draw(sampler, shape, like.dtype)
+    else:
+        drawn = sampler(shape, generator=generator, **options)
+    return moved(drawn, like.device)
+
+
+def draws_itself(like: Tensor) -> bool:
+    """Whether the samples' device, a GPU, draws their numbers from seeds."""
+    return like.device.type == "cuda" and like.shape[1:].numel() > MANY
+
+
+def _draw_from_seeds(sampler: Callable, like: Tensor, generator: Generators) -> Tensor:
+    """Each sample from a seed of its own, so that neither batch nor processes matter to it."""
+    seeds = _draw(partial(torch.randint, 2**63 - 1), torch.empty(len(like)).long(), generator)
+    own, drawn = torch.Generator(like.device), torch.empty_like(like)
+    for seed, sample in zip(seeds.tolist(), drawn, strict=True):
+        sampler(sample.shape, generator=own.manual_seed(seed), out=sample)
+    return drawn
 
 
 def moved(drawn: Tensor, device: torch.device) -> Tensor:
     """Random numbers on the chain's device.
 
     A copy from pageable memory waits for all that a GPU was asked to do before it. A few, such
-    as one per chain for the Metropolis test, need not: the next step's noise is then drawn on
-    the CPU while the GPU is at this step's gradient. That noise does wait, so that never more
-    than a step's is under way.
+    as one per chain for the Metropolis test, need not: the next step is then prepared while the
+    GPU is at this step's gradient.
     """
     if device.type == "cuda" and drawn.device.type == "cpu" and drawn.numel() <= FEW:
         return drawn.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,8 @@
-"""Arithmetic of the backbone's pass inside chains: float32, or bfloat16 where that is faster."""
+"""Arithmetic of the backbone's pass inside chains: float32, or bfloat16 where that is faster.
+
+On CUDA torch's convolutions in float32 round to TF32, 10 bits of mantissa, unless
+`torch.backends.cudnn.allow_tf32` is False; nothing here changes that.
+"""
 
 from __future__ import annotations
 

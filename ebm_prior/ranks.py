@@ -1,9 +1,9 @@
 """Several processes that work as one, each on its own device.
 
 `accelerate launch` or `torchrun` start them, with the same command line; the set-up and the
-communication are accelerate's. Every process draws the same random numbers for the whole
-batch and works on its own rows, so that the result does not depend on their number but for
-rounding. Files are written by the main process alone.
+communication are accelerate's. Every process draws the same random numbers (on GPUs, the seeds
+of large ones) for the whole batch and works on its own rows, so that the result does not depend
+on their number but for rounding. Files are written by the main process alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Share:
 
     def __init__(self, generator: torch.Generator, rank: int, size: int) -> None:
         self.generator, self.rank, self.size = generator, rank, size
+        self.device = generator.device
 
     def draw(self, sampler: Callable, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Rows of this process, (B, *), of a draw of shape (size * B, *)."""
@@ -57,7 +58,7 @@ class Share:
             (self.size * rows, *shape[1:]),
             generator=self.generator,
             dtype=dtype,
-            device=self.generator.device,
+            device=self.device,
         )
         return whole[self.rank * rows : (self.rank + 1) * rows]
 

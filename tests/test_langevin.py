@@ -1,11 +1,24 @@
 import math
+import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.distributions import Normal
 
 from ebm_prior import EbmPriorError, langevin, pcnl
-from ebm_prior.langevin import FEW, ChainState, _rho, flatten, moved, rand, randn
+from ebm_prior.langevin import (
+    FEW,
+    MANY,
+    ChainState,
+    _rho,
+    draws_itself,
+    flatten,
+    moved,
+    rand,
+    randn,
+)  # fmt: skip
+from ebm_prior.ranks import Share
 
 KAPPA, SHIFT = 2.0, 0.7  # E = kappa/2 eps^2 + shift * eps: p = N(-shift/(1+kappa), 1/(1+kappa))
 
@@ -221,3 +234,62 @@ def test_few_numbers_do_not_wait_for_the_gpu(monkeypatch, n, waits):
 
     moved(torch.empty(n).as_subclass(Numbers), torch.device("cuda"))
     assert calls == ([("cuda", False)] if waits else ["pinned", ("cuda", True)])
+
+
+def test_a_gpu_draws_for_itself_what_takes_the_cpu_long():
+    with FakeTensorMode():
+        assert draws_itself(torch.empty(2, MANY + 1, device="cuda"))
+        assert draws_itself(torch.empty(2, 2, MANY, device="cuda"))
+        assert not draws_itself(torch.empty(9 * MANY, device="cuda"))  # a number a sample
+        assert not draws_itself(torch.empty(99, MANY, device="cuda"))
+    assert not draws_itself(torch.empty(2, MANY + 1))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def like(request, monkeypatch):
+    """Samples whose device draws from seeds: a GPU, or the CPU made to."""
+    if request.param == "cpu":
+        module = sys.modules["ebm_prior.langevin"]  # the package has a function of this name
+        monkeypatch.setattr(module, "draws_itself", lambda like: like.ndim > 1)
+    return torch.empty(6, MANY + 1, device=request.param)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_numbers_drawn_from_seeds_follow_their_law(like):
+    draws = torch.cat([randn(like, generator) for generator in seeded(0, 1, 2)]).double()
+    n = draws.numel()
+    assert draws.device == like.device
+    assert abs(draws.mean().item()) < 5 / math.sqrt(n)
+    assert abs(draws.var().item() - 1) < 5 * math.sqrt(2 / n)
+    between = torch.corrcoef(draws).fill_diagonal_(0)  # 18 samples: no two from the same stream
+    assert between.abs().max().item() < 6 / math.sqrt(draws.shape[1])
+    uniform = rand(like, seeded(0)[0])
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert abs(uniform.double().mean().item() - 0.5) < 5 / math.sqrt(12 * like.numel())
+
+
+def test_a_sample_drawn_from_a_seed_depends_on_nothing_else(like):
+    drawn = randn(like, seeded(*range(6)))
+    assert torch.equal(randn(like[:2], seeded(4, 1)), drawn[[4, 1]])
+    generators = seeded(*range(6))
+    first, second = randn(like, generators), randn(like, generators)
+    assert torch.equal(first, drawn) and not torch.isclose(second, first).all(1).any()
+
+
+def test_processes_share_what_is_drawn_from_seeds(like):
+    alone, *shares = seeded(7, 7, 7)
+    for _ in range(2):
+        whole = randn(like, alone)
+        parts = [randn(like[:3], Share(own, rank, 2)) for rank, own in enumerate(shares)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert all(torch.equal(own.get_state(), alone.get_state()) for own in shares)
+
+
+def test_of_no_samples_nothing_is_drawn(like):
+    assert randn(like[:0], []).shape == (0, MANY + 1)

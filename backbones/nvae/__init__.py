@@ -13,6 +13,7 @@ from backbones.nvae.likelihoods import NvaeGaussian, NvaeLogisticMixture, reduce
 from backbones.nvae.network import TOP_SIGMA, GroupPosterior, Network, log_normal
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
 from ebm_prior.errors import EbmPriorError
+from ebm_prior.langevin import randn
 from ebm_prior.likelihoods import BernoulliLikelihood, BinomialLikelihood
 from ebm_prior.safe_load import mentions
 
@@ -195,14 +196,9 @@ class NVAEBackbone(Backbone):
         return nn.functional.pad(x, [self.padding] * 4) if self.padding else x
 
     def _noise(self, batch: int, generator: torch.Generator | None) -> list[Tensor]:
-        """Standard-normal tensor per group, drawn on the generator's own device."""
-        device = self.device if generator is None else generator.device
-        return [
-            torch.randn(
-                (batch, *group.shape), generator=generator, device=device, dtype=self.dtype
-            ).to(self.device)
-            for group in self.groups
-        ]
+        """Standard-normal tensor (batch, *shape) per group."""
+        like = torch.empty(batch, device=self.device, dtype=self.dtype)
+        return [randn(like.new_empty(batch, *group.shape), generator) for group in self.groups]
 
     @torch.no_grad()
     def readjust_batchnorm(

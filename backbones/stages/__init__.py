@@ -10,6 +10,7 @@ from torch import Tensor
 from backbones.stages.layers import Shape
 from backbones.stages.network import Draw, Moments, Network, log_normal
 from ebm_prior.backbone import Backbone, LatentGroup, Latents, Likelihood, Posterior
+from ebm_prior.langevin import randn
 
 __all__ = ["StagedBackbone"]
 
@@ -124,14 +125,9 @@ class StagedBackbone(Backbone):
         return self.network.infer(self._prepare(x), noise)[0]
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> Latents:
-        """Standard-normal tensor (n, *shape) per group, made on the generator's own device."""
-        device = self.device if generator is None else generator.device
-        return tuple(
-            torch.randn(
-                (n, *group.shape), generator=generator, device=device, dtype=self.dtype
-            ).to(self.device)
-            for group in self.groups
-        )
+        """Standard-normal tensor (n, *shape) per group."""
+        like = torch.empty(n, device=self.device, dtype=self.dtype)
+        return tuple(randn(like.new_empty(n, *group.shape), generator) for group in self.groups)
 
     def encode(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Latents, Tensor]:
         """Posterior draw and features in one pass."""

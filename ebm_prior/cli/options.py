@@ -45,7 +45,8 @@ precision_option = click.option(
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of the backbone's pass inside chains; bf16 is inexact, and faster on recent processors.",
+    help="Of the backbone's pass inside chains; bf16 is inexact, and faster on recent processors. "
+    "On a GPU torch rounds convolutions in fp32 to TF32.",
 )
 compile_option = click.option(
     "--compile",
