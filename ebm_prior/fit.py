@@ -447,14 +447,16 @@ class _Fit:
         return self.source(self.train[self.ranks.rows(pick)], self.ranks.share(generator))
 
     def prefetch(self, length: int) -> Prefetch | nullcontext:
-        """Where batches are encoded, the next one meanwhile: functions of the iteration alone."""
-        if not isinstance(self.source, PosteriorStream):
-            return nullcontext()
+        """The next batch meanwhile, where it is encoded or goes from the disk to a GPU.
+
+        It is then a function of the iteration alone.
+        """
+        device = self.prior.backbone.device
+        if not isinstance(self.source, PosteriorStream) and device.type != "cuda":
+            return nullcontext()  # memory already holds the mapped file, or the disk is the limit
         key = self.config.seed, self.phase
         return Prefetch(
-            lambda iteration: self.random_batch(keyed_generator(*key, iteration)),
-            length,
-            self.prior.backbone.device,
+            lambda iteration: self.random_batch(keyed_generator(*key, iteration)), length, device
         )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -553,6 +554,21 @@ def test_every_prior_sample_serves_as_often_as_reuse_says(toy, tmp_path):
     fitting.gaussian_negatives()
     changed = (fitting.pool != before).any(1).nonzero().flatten()
     assert changed.tolist() == list(range(40, 48))  # a quarter of the batch, the oldest rows
+
+
+def test_cached_batches_reach_a_gpu_one_ahead(toy, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(sys.modules["ebm_prior.fit"], "Prefetch", lambda *args: made.append(args))
+    fitting = _Fit(new_prior(toy), FitConfig(), RunFolder(tmp_path / "run"), {})
+    fitting.open_source(mismatched_images(toy), lambda: None)
+    with fitting.prefetch(5) as prefetched:
+        assert prefetched is None and not made  # on the CPU a batch is read when it is needed
+    fitting.prior = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda")))
+    fitting.prefetch(5)
+    ((make, length, device),) = made
+    assert length == 5 and device.type == "cuda"
+    batch = make(3)[0]
+    assert torch.equal(batch, make(3)[0]) and not torch.equal(batch, make(4)[0])
 
 
 @pytest.mark.gpu
